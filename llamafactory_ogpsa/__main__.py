@@ -1,0 +1,15 @@
+"""`python -m llamafactory_ogpsa train …`: `llamafactory-cli` with OGPSA where PyTorch's autoloading is switched off."""
+
+from .autoload import register
+
+
+def main() -> None:
+    """Install the import hook, then hand over to LLaMA-Factory's own command line."""
+    register()
+    from llamafactory.cli import main as llamafactory_main
+
+    llamafactory_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""When: the refresh schedule, what is logged, and what a run says about itself.
+
+The callback owns the run's subspace. It refreshes the basis on a step's begin, before the first micro-batch, and is
+called once an optimizer step with the accumulated gradient.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from .engines.local import LocalEngine
+from .projection import ProjectionStats
+from .reference import (
+    ReferenceLoss,
+    ReferenceSet,
+    preserve_random_state,
+    reference_gradients,
+    take_in_turn,
+    without_dropout,
+)
+from .report import LOG_NAME, PLOT_NAME, append_row, begin_log, plot_log
+from .subspace import Subspace, assign_groups, orthonormalise_
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+
+# LLaMA-Factory's own logger shows everything below its name, in the terminal and in the web UI.
+logger = logging.getLogger("llamafactory.ogpsa")
+
+# On an accelerator, `ogpsa_basis_device: auto` keeps the basis there while it takes at most this share of what is free
+# before training: optimizer state and activations are still to come.
+_BASIS_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run, with their defaults filled in; the names are those of the `ogpsa_` options."""
+
+    refresh_samples: int | None
+    update_interval: int
+    rank: int | None
+    scope: str
+    method: str
+    batch_size: int
+    basis_device: str
+    basis_dtype: str
+    kernel: str
+    plot: bool
+
+
+def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: int) -> torch.device:
+    """Decide where the basis lives: with the gradients, or in host memory where it would not leave room to train."""
+    if choice == "cpu" or gradient_device.type == "cpu":
+        return torch.device("cpu")
+
+    if choice == "auto" and gradient_device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(gradient_device)
+        if num_bytes > _BASIS_SHARE * free:
+            logger.warning(
+                f"OGPSA keeps its basis ({num_bytes / 2**30:.2f} GiB) in host memory: "
+                f"only {free / 2**30:.2f} GiB are free on {gradient_device}."
+            )
+            return torch.device("cpu")
+    return gradient_device
+
+
+class OgpsaCallback(TrainerCallback):
+    """Keeps the subspace of a run up to date and projects its gradients.
+
+    Attributes:
+        subspace: the current basis; None before the first refresh and when training has ended.
+    """
+
+    def __init__(
+        self,
+        trainer: "Trainer",
+        settings: Settings,
+        sets: Sequence[ReferenceSet],
+        collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        loss_of: ReferenceLoss,
+    ) -> None:
+        """Prepare the callback of one run.
+
+        Args:
+            trainer: the trainer it is added to.
+            settings: the options.
+            sets: the tokenised reference sets.
+            collate: the collator of reference samples.
+            loss_of: the reference loss.
+        """
+        self.trainer = trainer
+        self.settings = settings
+        self.sets = sets
+        self.collate = collate
+        self.loss_of = loss_of
+        self.parts = math.ceil((settings.rank or len(sets)) / len(sets))
+        self.subspace: Subspace | None = None
+        self.reference_losses: dict[str, float] = {}
+        self.stats: ProjectionStats | None = None
+        self.non_finite_steps: torch.Tensor | None = None
+
+    @property
+    def log_path(self) -> str:
+        """Where the figures of the run are written."""
+        return os.path.join(self.trainer.args.output_dir, LOG_NAME)
+
+    def on_train_begin(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
+        """Look up the trainable parameters, say what is on, and start the log."""
+        settings = self.settings
+        self.engine = LocalEngine(self.trainer.model)
+        half = all(param.dtype == torch.bfloat16 for param in self.engine.parameters)
+        auto = torch.bfloat16 if half else torch.float32
+        self.basis_dtype = auto if settings.basis_dtype == "auto" else getattr(torch, settings.basis_dtype)
+        self.groups, self.num_groups = assign_groups(len(self.engine.parameters), settings.scope)
+        num_rows = len(self.sets) * self.parts
+        sizes = [param.numel() for param in self.engine.parameters]
+        num_bytes = num_rows * sum(sizes) * self.basis_dtype.itemsize
+        self.basis_device = choose_basis_device(settings.basis_device, self.engine.device, num_bytes)
+
+        counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in self.sets]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        cost = sum(counts) / (settings.update_interval * batch)
+        logger.info(
+            f"OGPSA is on: reference sets {', '.join(f'{r.name} ({n} samples)' for r, n in zip(self.sets, counts))}; "
+            f"refreshed every K = {settings.update_interval} steps; rank {settings.rank or len(self.sets)}; "
+            f"scope {settings.scope}; method {settings.method}; {sum(sizes):,} trainable parameters in "
+            f"{len(sizes)} tensors; basis {num_bytes / 2**20:,.1f} MiB on {self.basis_device}; "
+            f"expected cost {cost:.2f} reference samples per training sample."
+        )
+        if state.is_world_process_zero:
+            os.makedirs(args.output_dir, exist_ok=True)
+            begin_log(self.log_path, state.global_step)
+
+    def on_step_begin(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
+        """Refresh the basis every K optimizer steps, starting before the first."""
+        if self.subspace is None or state.global_step % self.settings.update_interval == 0:
+            if self.subspace is None and state.global_step % self.settings.update_interval != 0:
+                logger.info(f"OGPSA recomputes its basis at step {state.global_step}, where training resumes.")
+            self.refresh(state)
+
+    def refresh(self, state: "TrainerState") -> None:
+        """Compute the reference gradients at the current weights and make a new basis of them.
+
+        Leaves random state, dropout, gradients, optimizer, scheduler and data order as they were.
+
+        Raises:
+            FloatingPointError: a reference set gives no finite gradient; names the set.
+        """
+        start = time.perf_counter()
+        settings = self.settings
+        turn = state.global_step // settings.update_interval
+        indices = [take_in_turn(len(ref.samples), settings.refresh_samples, turn) for ref in self.sets]
+        num_rows = len(self.sets) * self.parts
+        num_batches = sum(
+            math.ceil(len(chosen[part :: self.parts]) / settings.batch_size)
+            for chosen in indices
+            for part in range(self.parts)
+        )
+
+        self.subspace = None  # its memory is what the new rows take
+        pin = self.basis_device.type == "cpu" and self.engine.device.type != "cpu"
+        rows = [
+            torch.empty(num_rows, param.numel(), dtype=self.basis_dtype, device=self.basis_device, pin_memory=pin)
+            for param in self.engine.parameters
+        ]
+        scaler = self.trainer.accelerator.scaler
+        quiet = self.trainer.args.disable_tqdm or not state.is_local_process_zero
+        with (
+            tqdm(total=num_batches, desc="OGPSA refresh", unit="batch", leave=False, disable=quiet) as progress,
+            preserve_random_state(self.engine.device),
+            without_dropout(self.trainer.model),
+        ):
+            self.reference_losses = reference_gradients(
+                self.sets,
+                indices,
+                self.parts,
+                settings.batch_size,
+                self.collate,
+                self.loss_of,
+                self.engine,
+                rows,
+                loss_scale=scaler.get_scale() if scaler is not None else 1.0,
+                on_batch=progress.update,
+            )
+            with torch.no_grad():
+                basis, geometry = orthonormalise_(
+                    rows, self.groups, self.num_groups, settings.rank, self.engine.device, self.parts
+                )
+        del rows
+        self.subspace = Subspace(self.engine.names, basis, geometry, self.groups, self.engine.device)
+        self.subspace.projection(settings.method, settings.kernel)
+        if state.is_world_process_zero:
+            row = {
+                "step": state.global_step,
+                "refresh": True,
+                "reference_loss": self.reference_losses,
+                "rank": self.subspace.rank,
+                "seconds": round(time.perf_counter() - start, 4),
+            }
+            append_row(self.log_path, row)
+
+    def will_log(self, state: "TrainerState") -> bool:
+        """Tell whether the Trainer logs after the step that is being taken: only then is the residual measured."""
+        args, step = self.trainer.args, state.global_step + 1
+        if step == state.max_steps or (args.logging_first_step and step == 1):
+            return True
+        if args.logging_strategy == "steps":
+            return step % max(1, int(state.logging_steps)) == 0
+        steps_in_epoch = math.ceil(state.max_steps / max(1, state.num_train_epochs))
+        return args.logging_strategy == "epoch" and step % steps_in_epoch == 0
+
+    def project(self, max_norm: float | None) -> ProjectionStats:
+        """Project the accumulated gradient, in place, and clip it to `max_norm`; the figures are kept for the log."""
+        projection = self.subspace.projection(self.settings.method, self.settings.kernel)
+        stats = projection(self.engine.gradients(), max_norm, measure=self.will_log(self.trainer.state))
+        failed = (~stats.finite_tensor).long()
+        self.non_finite_steps = failed if self.non_finite_steps is None else self.non_finite_steps + failed
+        self.stats = stats
+        return stats
+
+    def figures(self) -> dict[str, float]:
+        """Read the figures of the last step, write them to the log, and return them for the trackers.
+
+        Returns:
+            `removed`, `residual` and the reference losses, each under `ogpsa/`; nothing before the first step.
+        """
+        if self.stats is None:
+            return {}
+
+        state, stats = self.trainer.state, self.stats
+        row: dict[str, Any] = {"step": state.global_step, "removed": stats.removed, "residual": stats.residual}
+        row["cosine"] = dict(zip([reference.name for reference in self.sets], stats.cosines, strict=True))
+        non_finite = int(self.non_finite_steps.item())
+        if non_finite:
+            row = (
+                {"step": state.global_step, "removed": None, "residual": None, "cosine": None}
+                if not stats.finite
+                else row
+            )
+            row["non_finite_steps"] = non_finite
+            logger.warning(f"OGPSA left {non_finite} gradient(s) as they were: they held inf or NaN.")
+        self.stats, self.non_finite_steps = None, None
+        if state.is_world_process_zero:
+            append_row(self.log_path, row)
+
+        figures = {f"ogpsa/{key}": row[key] for key in ("removed", "residual") if row[key] is not None}
+        return figures | {f"ogpsa/reference_loss/{name}": loss for name, loss in self.reference_losses.items()}
+
+    def on_train_end(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
+        """Draw the plot and give the basis's memory back."""
+        self.subspace = None
+        if self.settings.plot and state.is_world_process_zero:
+            path = os.path.join(args.output_dir, PLOT_NAME)
+            if plot_log(self.log_path, path):
+                print("Figure saved at:", path)

@@ -1,0 +1,1 @@
+"""Everything that knows LLaMA-Factory, one file a seam; imported when LLaMA-Factory's own modules are."""

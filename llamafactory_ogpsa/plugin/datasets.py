@@ -1,0 +1,96 @@
+"""Reference sets through LLaMA-Factory's own dataset machinery: dataset_info.json, template, tokenizer, processors."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..reference import ReferenceSet, preserve_random_state
+
+
+# What `get_dataset` calls the data of each training stage.
+_DATA_STAGES = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm", "kto": "kto"}
+
+
+def reference_data_args(data_args: Any, name: str, num_samples: int) -> Any:
+    """Return the run's data arguments, changed to load the first `num_samples` records of one reference set.
+
+    A copy, not a new instance: LLaMA-Factory's `__post_init__` is not idempotent (packing shortens cutoff_len).
+    """
+    arguments = copy.copy(data_args)
+    arguments.dataset, arguments.eval_dataset, arguments.val_size = [name], None, 0.0
+    arguments.max_samples, arguments.streaming, arguments.tokenized_path = num_samples, False, None
+    arguments.mix_strategy, arguments.interleave_probs = "concat", None
+    return arguments
+
+
+def is_usable(sample: dict[str, Any]) -> bool:
+    """Tell whether a tokenised sample has a token that the loss sees (all of them may be cut off by cutoff_len)."""
+    for key in ("labels", "chosen_labels"):
+        if key in sample:
+            return any(label != -100 for label in sample[key][1:])
+    return len(sample["input_ids"]) > 1
+
+
+def load_reference_sets(
+    get_dataset: Callable[..., dict[str, Any]],
+    finetuning_args: Any,
+    template: Any,
+    model_args: Any,
+    data_args: Any,
+    training_args: Any,
+    stage: str,
+    tokenizer: Any,
+    processor: Any = None,
+) -> list[ReferenceSet]:
+    """Read and tokenise the reference sets of a run, once; the random state stays as it was.
+
+    Args:
+        get_dataset: LLaMA-Factory's function.
+        finetuning_args: the run's, with `ogpsa_dataset`, `ogpsa_num_samples` and `ogpsa_loss`.
+        template: as the workflow hands it to `get_dataset`, and so the following.
+        model_args: likewise.
+        data_args: likewise; copied and changed, see `reference_data_args`.
+        training_args: likewise.
+        stage: likewise; the reference loss decides how its own data are processed.
+        tokenizer: likewise.
+        processor: likewise.
+
+    Returns:
+        one set a dataset name.
+
+    Raises:
+        ValueError: a set has no usable sample after tokenising.
+    """
+    data_stage = "sft" if finetuning_args.ogpsa_loss == "sft" else _DATA_STAGES[finetuning_args.stage]
+    sets = []
+    for name in finetuning_args.ogpsa_dataset:
+        arguments = reference_data_args(data_args, name, finetuning_args.ogpsa_num_samples)
+        no_samples = ValueError(
+            f"`ogpsa_dataset` has {name!r}, none of whose first {finetuning_args.ogpsa_num_samples} records gives a "
+            f"token to learn at cutoff_len {data_args.cutoff_len}; allowed: a set with at least one usable record."
+        )
+        with preserve_random_state(torch.device("cpu")):
+            try:
+                module = get_dataset(template, model_args, arguments, training_args, data_stage, tokenizer, processor)
+            except (RuntimeError, StopIteration, KeyError) as err:
+                raise no_samples from err
+
+        samples = module.get("train_dataset")
+        if samples is None:
+            raise no_samples
+        usable = [i for i, sample in enumerate(samples) if is_usable(sample)]
+        if not usable:
+            raise no_samples
+        sets.append(ReferenceSet(name, samples.select(usable)))
+
+    needed = finetuning_args.ogpsa_rank or len(sets)
+    for reference in sets:
+        parts = -(-needed // len(sets))
+        if len(reference.samples) < parts:
+            raise ValueError(
+                f"`ogpsa_rank` is {needed}, which splits {reference.name!r} into {parts} parts, but it has only "
+                f"{len(reference.samples)} usable samples; allowed: at most {len(reference.samples) * len(sets)}."
+            )
+    return sets

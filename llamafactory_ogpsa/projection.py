@@ -1,0 +1,233 @@
+"""Coefficients to the applied gradient: the three moves that every rule of this project is made of.
+
+1. coefficients `c = Uᵀg` (and `‖g‖²` in the same read of the gradient);
+2. a policy on those few numbers: `Δ = policy(c)`;
+3. `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further read.
+
+Nothing here waits for the device; only reading a figure of `ProjectionStats` does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING
+
+import torch
+
+
+if TYPE_CHECKING:
+    from .kernels import Plan
+    from .subspace import Geometry
+
+
+METHODS = ("orthogonal", "conflict", "monitor")
+
+# Up to this many reference gradients, all faces of their dual cone are tried at once, which is exact.
+_MOST_FACES = 6
+# Beyond it: steps of an active-set method for each reference gradient; it typically takes one to two.
+_ACTIVE_SET_STEPS = 6
+# A group that kept less than this share of its norm has no direction left worth the name: what is there is rounding.
+_RESIDUAL_FLOOR = 1e-3
+
+Policy = Callable[[torch.Tensor], torch.Tensor]
+Projection = Callable[..., "ProjectionStats"]
+
+
+@dataclass(frozen=True)
+class ProjectionStats:
+    """The figures of one projection, as 0-dim float32 tensors on the gradient's device until they are read.
+
+    Attributes:
+        norm_tensor: `‖g̃‖` of all groups, before clipping: what `clip_grad_norm_` would return.
+        removed_tensor: `‖g − g̃‖ / ‖g‖`; for `monitor` what `orthogonal` would have removed.
+        finite_tensor: bool, False where the gradient held inf or NaN and was left as it was.
+        cosines_tensor: `[n]`, the cosine of the gradient with each reference gradient, before the projection.
+        residual_tensor: the largest |cos| between the gradient and a basis direction after the projection, over all
+            groups and directions; None where it was not measured (it takes one more read of the gradient).
+    """
+
+    norm_tensor: torch.Tensor
+    removed_tensor: torch.Tensor
+    finite_tensor: torch.Tensor
+    cosines_tensor: torch.Tensor
+    residual_tensor: torch.Tensor | None
+
+    @property
+    def norm(self) -> float:
+        """`‖g̃‖`, before clipping."""
+        return self.norm_tensor.item()
+
+    @property
+    def removed(self) -> float:
+        """`‖g − g̃‖ / ‖g‖`, from 0 to 1."""
+        return self.removed_tensor.item()
+
+    @property
+    def finite(self) -> bool:
+        """False where the gradient held inf or NaN and was left as it was."""
+        return bool(self.finite_tensor.item())
+
+    @property
+    def cosines(self) -> list[float]:
+        """The cosine of the gradient with each reference gradient, before the projection."""
+        return self.cosines_tensor.tolist()
+
+    @property
+    def residual(self) -> float | None:
+        """The largest |cos| left between the gradient and a basis direction; None if it was not measured."""
+        return None if self.residual_tensor is None else self.residual_tensor.item()
+
+
+def conflict_policy(references: torch.Tensor) -> Policy:
+    r"""Make the policy `conflict`: the least change after which no reference loss rises to first order.
+
+    `min ‖Δ‖² subject to a_d·(c + Δ) ≥ 0 for every d`: the constraint of GEM (Lopez-Paz and Ranzato, 2017, eq. 11),
+    written in the coordinates of the subspace. Its dual is `min_{μ ≥ 0} ½ μᵀAAᵀμ + μᵀAc`, with `Δ = Aᵀμ`. With few
+    reference gradients the solution is found by trying every face of the cone, whose matrices are made here, once a
+    refresh; with many by an active-set method on the dual (Lawson and Hanson, 1974).
+
+    Args:
+        references: `[groups, n, rank]`, unit reference gradients in orthonormal coordinates.
+
+    Returns:
+        the policy, from coefficients `[groups, rank]` to `Δ` of the same shape and dtype.
+    """
+    # A few numbers, but near-parallel reference gradients make them touchy: float64.
+    normals = references.double()
+    n = normals.shape[1]
+    if n > _MOST_FACES:
+        return lambda c: _active_set(normals, c.double()).to(references.dtype)
+
+    masks = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64, device=normals.device)
+    active = masks[None, :, :, None] * normals[:, None]  # [groups, faces, n, rank]
+    multipliers = -torch.linalg.pinv(active @ active.mT, hermitian=True) @ active  # μ of each face is this times c
+
+    def policy(c: torch.Tensor) -> torch.Tensor:
+        c = c.double()
+        mu = torch.einsum("gfnr,gr->gfn", multipliers, c)
+        candidates = c[:, None] + torch.einsum("gfnr,gfn->gfr", active, mu)
+        slack = torch.einsum("gnr,gfr->gfn", normals, candidates)
+        # The optimum is the one face with μ ≥ 0 and no constraint broken; rounding decides between equals.
+        violation = (-slack).clamp(min=0).amax(-1) + (-mu).clamp(min=0).amax(-1)
+        best = violation.argmin(1)[:, None, None].expand(-1, 1, c.shape[1])
+        return (candidates.gather(1, best)[:, 0] - c).to(references.dtype)
+
+    return policy
+
+
+def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Solve the dual of `conflict_policy` for all groups at once, without a host synchronisation.
+
+    Lawson and Hanson's method with its two loops made one: in every step a group either moves to the optimum on its
+    active constraints and takes the most violated one in, or, where that would make a multiplier negative, goes only
+    as far as the first zero and drops that constraint. A group that is done stays where it is.
+
+    Args:
+        normals: float64 `[groups, n, rank]`.
+        c: float64 `[groups, rank]`.
+
+    Returns:
+        `Δ`, float64 `[groups, rank]`.
+    """
+    gram, n = normals @ normals.mT, normals.shape[1]
+    offset = torch.einsum("gnr,gr->gn", normals, c)
+    tolerance = 1e-12 * (1 + c.norm(dim=1, keepdim=True))
+    mu, active = torch.zeros_like(offset), torch.zeros_like(offset, dtype=torch.bool)
+    for _ in range(_ACTIVE_SET_STEPS * n):
+        block = gram * active[:, :, None] * active[:, None, :] + torch.diag_embed((~active).double())
+        solution = torch.linalg.solve_ex(block, -offset * active)[0]
+        blocked = active & (solution <= 0)
+        stuck = blocked.any(1, keepdim=True)
+
+        lengths = torch.where(blocked, mu / (mu - solution), torch.full_like(mu, torch.inf))
+        length = lengths.amin(1, keepdim=True).clamp(max=1.0)
+        mu = torch.where(stuck, mu + length * (solution - mu), solution) * active
+        dropped = stuck & (lengths <= length)
+        mu = mu.masked_fill(dropped, 0.0)
+
+        violation = (-offset - torch.einsum("gnm,gm->gn", gram, mu)).masked_fill(active, -torch.inf)
+        worst = violation.amax(1, keepdim=True)
+        taken = ~stuck & (violation == worst) & (worst > tolerance)
+        first = torch.zeros_like(active).scatter(1, taken.long().argmax(1, keepdim=True), True)
+        active = (active & ~dropped) | (taken & first)
+    return torch.einsum("gnr,gn->gr", normals, mu)
+
+
+def make_projection(plan: "Plan", geometry: "Geometry", method: str) -> Projection:
+    """Bind a method to a basis: make the function that projects gradients in place.
+
+    Args:
+        plan: the kernels over the stored basis `B`.
+        geometry: the basis's geometry, on the gradients' device.
+        method: one of `METHODS`.
+
+    Returns:
+        `project(gradients, max_norm=None, measure=False) -> ProjectionStats`. `gradients`: one tensor (or None) for
+        each tensor of the basis, changed in place. `max_norm`: clip the projected gradient to this norm, by the rule
+        of `torch.nn.utils.clip_grad_norm_`, in the same write. `measure`: also measure the residual, at the price of
+        one more read. A gradient that is not finite anywhere is not projected at all.
+    """
+    whitening = geometry.whitening
+    inverse_gram = whitening.mT @ whitening
+    conflict = conflict_policy(geometry.references) if method == "conflict" else None
+
+    @torch.no_grad()
+    def project(
+        gradients: Sequence[torch.Tensor | None], max_norm: float | None = None, measure: bool = False
+    ) -> ProjectionStats:
+        if method == "orthogonal":
+            raw, squared_norms = plan.orthogonal_(gradients, inverse_gram, max_norm)
+        else:
+            raw, squared_norms = plan.coefficients(gradients)
+        c = torch.einsum("gij,gj->gi", whitening, raw)
+        total = squared_norms.sum()
+        finite = torch.isfinite(total)
+
+        delta = conflict(c) if conflict is not None else -c
+        delta = torch.where(finite, delta, torch.zeros_like(delta))
+        squared_removed = delta.square().sum()
+        applied = torch.zeros_like(delta) if method == "monitor" else delta
+        change = (2 * c * applied + applied.square()).sum(1)
+        projected = (squared_norms + torch.where(finite, change, torch.zeros_like(change))).clamp(min=0)
+        norm = projected.sum().sqrt()
+        scale = torch.ones_like(norm)
+        if max_norm is not None and method != "monitor":
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        if conflict is not None:
+            plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta), scale)
+
+        residual = None
+        if measure:
+            residual = _residual(plan, gradients, whitening, scale * squared_norms.sqrt())
+        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, c, geometry.shares)
+        return ProjectionStats(
+            norm_tensor=norm,
+            removed_tensor=ratio(squared_removed.sqrt(), total.sqrt()),
+            finite_tensor=finite,
+            cosines_tensor=ratio(overlap, total.sqrt()),
+            residual_tensor=residual,
+        )
+
+    return project
+
+
+def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """Divide, anything over 0 being 0: a gradient of norm zero has nothing removed and no angle with anything."""
+    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
+
+
+def _residual(plan, gradients, whitening: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Measure the largest |cos| between what the gradients now are and a basis direction, group by group.
+
+    Args:
+        plan: the kernels over the basis.
+        gradients: the gradients after the projection.
+        whitening: `[groups, rank, rank]`.
+        norms: `[groups]`, their norms before it, times the clipping factor.
+
+    Returns:
+        the cosine, 0-dim. A group of which less than `_RESIDUAL_FLOOR` is left is measured against that floor.
+    """
+    raw, left = plan.coefficients(gradients)
+    coefficients = torch.einsum("gij,gj->gi", whitening, raw).abs().amax(1)
+    return ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms)).max()

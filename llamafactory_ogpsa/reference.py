@@ -1,0 +1,195 @@
+"""Reference sets to reference gradients.
+
+A reference gradient is the gradient of the stage's own loss, averaged over the tokens (or pairs) of a reference set,
+at the current weights. This module knows batches, weights and gradients; the loss itself comes from the caller.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from .engines.local import LocalEngine
+
+
+# Each retry divides the loss scale by 2⁴: from fp16's usual 2¹⁶ down to 1.
+_SCALE_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """One capability to preserve: a dataset of tokenised samples.
+
+    Attributes:
+        name: its name in dataset_info.json.
+        samples: the tokenised samples; `samples[i]` is what the collator takes.
+    """
+
+    name: str
+    samples: Sequence[dict[str, Any]]
+
+
+class ReferenceLoss(Protocol):
+    """The loss of a reference batch, supplied by whoever owns the model."""
+
+    def weigh(self, batch: dict[str, Any], num_samples: int) -> float:
+        """Return what the batch counts for in the average over its set: its tokens or its samples."""
+
+    def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
+        """Return the batch's part of the average: `weight / total` times its own mean loss, differentiable."""
+
+
+def take_in_turn(available: int, count: int | None, turn: int) -> list[int]:
+    """Return the indices of the samples of one refresh: `count` of them, going round the set turn by turn."""
+    count = available if count is None else min(count, available)
+    return [(turn * count + i) % available for i in range(count)]
+
+
+def split_parts(indices: list[int], parts: int) -> list[list[int]]:
+    """Split the samples of a set into `parts` interleaved parts, one reference gradient each."""
+    return [indices[part::parts] for part in range(parts)]
+
+
+@contextmanager
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Leave the random state of Python, NumPy, PyTorch and `device` as it was."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    accelerators = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with torch.random.fork_rng(**(accelerators or {"devices": []})):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def without_dropout(model: torch.nn.Module) -> Iterator[None]:
+    """Switch every source of noise in the model off, keeping gradient checkpointing, which only works in training."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for module, _ in modes:
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def accumulate_reference_gradient(
+    batches: Sequence[tuple[dict[str, Any], int]],
+    loss_of: ReferenceLoss,
+    engine: LocalEngine,
+    loss_scale: float,
+    on_batch: Callable[[], None],
+) -> tuple[float, float]:
+    """Leave the gradient of the mean loss over `batches` in the engine's gradients, whatever the batch size.
+
+    Args:
+        batches: collated batches and their numbers of samples.
+        loss_of: the loss.
+        engine: where gradients are accumulated; cleared first.
+        loss_scale: the loss is multiplied by it before the backward pass, so that float16 gradients do not vanish, and
+            the gradient is divided by it after it; where that overflowed, the pass is done again with a smaller one.
+        on_batch: called after every batch.
+
+    Returns:
+        the mean loss and the weight (tokens or samples) it was averaged over; batches whose loss is not finite are
+        left out of both.
+
+    Raises:
+        FloatingPointError: no batch has a finite loss, or the gradient is not finite at any loss scale.
+    """
+    weights = [loss_of.weigh(batch, num_samples) for batch, num_samples in batches]
+    total = sum(weights)
+    for attempt in range(_SCALE_RETRIES + 1):
+        engine.clear()
+        mean_loss, used = 0.0, 0.0
+        for (batch, _), weight in zip(batches, weights, strict=True):
+            if weight > 0:
+                loss = loss_of(dict(batch), weight, total)
+                value = loss.item()
+                if math.isfinite(value):
+                    (loss * loss_scale).backward()
+                    mean_loss, used = mean_loss + value, used + weight
+            if attempt == 0:
+                on_batch()
+        if used == 0:
+            raise FloatingPointError("no batch has a finite loss")
+
+        present = [gradient for gradient in engine.gradients() if gradient is not None and gradient.numel() > 0]
+        largest = torch._foreach_norm(present, math.inf)  # unlike the 2-norm it does not overflow
+        if torch.stack([value.float() for value in largest]).isfinite().all():
+            if loss_scale != 1:
+                torch._foreach_mul_(present, 1 / loss_scale)
+            return mean_loss * total / used, used
+        loss_scale /= 16
+    raise FloatingPointError("the gradient is not finite")
+
+
+def reference_gradients(
+    sets: Sequence[ReferenceSet],
+    indices: Sequence[list[int]],
+    parts: int,
+    batch_size: int,
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    loss_of: ReferenceLoss,
+    engine: LocalEngine,
+    rows: Sequence[torch.Tensor],
+    loss_scale: float = 1.0,
+    on_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Compute the reference gradients of all sets into `rows`; the engine's gradients are cleared after it.
+
+    Args:
+        sets: the reference sets.
+        indices: the samples of each to use.
+        parts: reference gradients for each set, each from its own part of the samples.
+        batch_size: samples a batch.
+        collate: the collator, from samples to a batch.
+        loss_of: the loss.
+        engine: where gradients are accumulated.
+        rows: one tensor `[len(sets) * parts, numel_i]` for each of the engine's parameters; written.
+        loss_scale: see `accumulate_reference_gradient`.
+        on_batch: called after every batch.
+
+    Returns:
+        the mean loss by the name of the set.
+
+    Raises:
+        FloatingPointError: a set gives no finite gradient; names the set.
+    """
+    losses = {}
+    for position, (reference, chosen) in enumerate(zip(sets, indices, strict=True)):
+        part_losses, part_weights = [], []
+        for part, part_indices in enumerate(split_parts(chosen, parts)):
+            batches = []
+            for start in range(0, len(part_indices), batch_size):
+                features = [reference.samples[i] for i in part_indices[start : start + batch_size]]
+                batches.append((collate(features), len(features)))
+            try:
+                loss, weight = accumulate_reference_gradient(batches, loss_of, engine, loss_scale, on_batch)
+            except FloatingPointError as err:
+                raise FloatingPointError(f"the reference set {reference.name} gives no reference gradient: {err}")
+
+            part_losses.append(loss)
+            part_weights.append(weight)
+            for row, gradient in zip(rows, engine.gradients(), strict=True):
+                if gradient is None:
+                    row[position * parts + part].zero_()
+                else:
+                    row[position * parts + part].view(gradient.shape).copy_(gradient)
+        # Scaled to what each part contributes, the rows of a set add up to the gradient of its mean loss.
+        shares = [weight / sum(part_weights) for weight in part_weights]
+        for row in rows if parts > 1 else ():
+            row[position * parts : (position + 1) * parts].mul_(torch.tensor(shares, device=row.device)[:, None])
+        losses[reference.name] = sum(share * loss for share, loss in zip(shares, part_losses, strict=True))
+    engine.clear()
+    return losses

@@ -1,0 +1,90 @@
+"""What a run leaves to look at: `ogpsa_log.jsonl` and `training_ogpsa.png`."""
+
+import json
+import os
+from typing import Any
+
+
+LOG_NAME = "ogpsa_log.jsonl"
+PLOT_NAME = "training_ogpsa.png"
+
+
+def read_log(path: str) -> list[dict[str, Any]]:
+    """Read a log; a last line that was cut off while it was written is left out.
+
+    Args:
+        path: the file; a missing one counts as empty.
+
+    Returns:
+        its rows.
+
+    Raises:
+        ValueError: a line other than the last is not JSON; names the file and the line.
+    """
+    if not os.path.exists(path):
+        return []
+
+    with open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as err:
+            raise ValueError(f"{path}, line {number}, is not JSON: {err}")
+    return rows
+
+
+def begin_log(path: str, step: int) -> None:
+    """Start the log of a run that begins, or goes on, at `step`: drop the rows that the run will write again.
+
+    A refresh is logged with the step before it, a step after it; what a resumed run repeats is therefore every refresh
+    from `step` on and every row beyond it. Written to a temporary name first.
+    """
+    rows = [row for row in read_log(path) if row["step"] < step + (0 if row.get("refresh") else 1)]
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows if step > 0)
+    os.replace(temporary, path)
+
+
+def append_row(path: str, row: dict[str, Any]) -> None:
+    """Append one row, in one write."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def plot_log(log_path: str, png_path: str) -> bool:
+    """Draw `removed` and the reference losses over the steps.
+
+    Args:
+        log_path: an `ogpsa_log.jsonl`.
+        png_path: the picture to write, under a temporary name first.
+
+    Returns:
+        False where the log holds nothing to draw, and no picture was written.
+    """
+    from matplotlib.figure import Figure
+
+    rows = read_log(log_path)
+    steps = [row for row in rows if not row.get("refresh") and row["removed"] is not None]
+    refreshes = [row for row in rows if row.get("refresh")]
+    if not steps or not refreshes:
+        return False
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["step"] for row in steps], [100 * row["removed"] for row in steps], color="#1f77b4")
+    left.set(title="removed from the safety gradient", xlabel="step", ylabel="‖g − g̃‖ / ‖g‖  (%)")
+    left.set_ylim(bottom=0)
+    for name in refreshes[-1]["reference_loss"]:
+        right.plot([row["step"] for row in refreshes], [row["reference_loss"][name] for row in refreshes], label=name)
+    right.set(title="reference loss", xlabel="step", ylabel="loss")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+
+    temporary = f"{png_path}.tmp"
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, png_path)
+    return True
