@@ -1,0 +1,175 @@
+"""What the tests share: a tiny model and tiny datasets made on the spot, and two ways to run LLaMA-Factory on them."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_DISABLED", "true")
+
+WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
+
+
+def make_tokenizer(words):
+    """Build a word-level tokenizer with the special tokens of a chat model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<pad>", "<unk>", "<s>", "</s>", "Human", "Assistant", ":"]
+    vocab = {word: i for i, word in enumerate(dict.fromkeys([*specials, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def make_model_dir(path, words=WORDS, tie=True, family="qwen2", **config):
+    """Save a random tiny model with its tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer(words)
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[family]
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tie,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config_class(**{**settings, **config}))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory):
+    return make_model_dir(tmp_path_factory.mktemp("model"))
+
+
+def sentence(rng, low, high):
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def make_records(seed, count, kind="alpaca"):
+    """Make records of random words, of different lengths, in the formats of dataset_info.json."""
+    rng = random.Random(seed)
+    records = []
+    for index in range(count):
+        prompt, answer, other = sentence(rng, 2, 9), sentence(rng, 1, 9), sentence(rng, 1, 9)
+        if kind == "alpaca":
+            records.append({"instruction": prompt, "input": "", "output": answer})
+        elif kind == "ranking":
+            records.append({"instruction": prompt, "input": "", "chosen": answer, "rejected": other})
+        elif kind == "kto":
+            records.append({"instruction": prompt, "input": "", "output": answer, "label": index % 3 != 0})
+        elif kind == "text":
+            records.append({"text": f"{prompt} {answer} {other}"})
+    return records
+
+
+RANKING_COLUMNS = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}
+KTO_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "label"}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A dataset_dir with a safety set and two reference sets of every kind."""
+    path = tmp_path_factory.mktemp("data")
+    info = {}
+    for seed, (name, count) in enumerate([("safety", 24), ("helpful", 13), ("truthful", 10)]):
+        for suffix, kind in [("", "alpaca"), ("_pairs", "ranking"), ("_kto", "kto"), ("_text", "text")]:
+            (path / f"{name}{suffix}.json").write_text(json.dumps(make_records(seed, count, kind)))
+            info[name + suffix] = {"file_name": f"{name}{suffix}.json"}
+        info[f"{name}_pairs"] |= {"ranking": True, "columns": RANKING_COLUMNS}
+        info[f"{name}_kto"]["columns"] = KTO_COLUMNS
+        info[f"{name}_text"]["columns"] = {"prompt": "text"}
+    info["helpful_again"] = info["helpful"]
+    (path / "dataset_info.json").write_text(json.dumps(info))
+    return str(path)
+
+
+@pytest.fixture
+def base_args(model_dir, data_dir, tmp_path):
+    """A stock SFT run of three steps; tests change what they are about."""
+    return {
+        "model_name_or_path": model_dir,
+        "template": "default",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset_dir": data_dir,
+        "dataset": "safety",
+        "cutoff_len": 64,
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.01,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": 7,
+        "overwrite_cache": True,
+    }
+
+
+OGPSA = {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful,truthful", "ogpsa_update_interval": 2}
+
+
+def run_cli(args, tmp_path, env=None, command=("-m", "llamafactory.cli", "train"), check=True):
+    """Run `llamafactory-cli train` on a YAML made of `args`; return the finished process."""
+    config = Path(tmp_path) / "config.yaml"
+    config.write_text(yaml.safe_dump(args))
+    process = subprocess.run(
+        [sys.executable, *command, str(config)], capture_output=True, text=True, env={**os.environ, **(env or {})}
+    )
+    if check and process.returncode != 0:
+        raise AssertionError(f"exit {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")
+    return process
+
+
+def run_here(args, **callbacks):
+    """Run the same in this process, which saves ten seconds of imports."""
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(dict(args), **callbacks)
+
+
+def read_rows(output_dir):
+    """Read ogpsa_log.jsonl: the logged steps and the refreshes."""
+    rows = [json.loads(line) for line in (Path(output_dir) / "ogpsa_log.jsonl").read_text().splitlines()]
+    return [row for row in rows if not row.get("refresh")], [row for row in rows if row.get("refresh")]
+
+
+def load_weights(output_dir):
+    """Load the saved weights (full model or adapter) by name."""
+    from safetensors.torch import load_file
+
+    weights = {}
+    for file in sorted(Path(output_dir).glob("*.safetensors")):
+        weights.update(load_file(file))
+    assert weights, f"no weights in {output_dir}"
+    return weights

@@ -1,0 +1,206 @@
+"""The maths, against float64 oracles: basis, policies, figures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+
+from llamafactory_ogpsa import Subspace
+from llamafactory_ogpsa.projection import conflict_policy
+
+
+SHAPES = {"a": (5, 7), "b": (11,), "c": (3, 4, 2), "d": (1,)}
+
+
+def random_gradients(seed, dtype=torch.float32, shapes=SHAPES, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def flat(gradients, names):
+    return torch.cat([gradients[name].double().flatten() for name in names])
+
+
+def groups_of(scope):
+    return [[name] for name in SHAPES] if scope == "parameter" else [list(SHAPES)]
+
+
+def oracle_basis(references, names, rank=None):
+    """The span of unit reference gradients, its leading directions, by SVD in float64."""
+    matrix = torch.stack([flat(reference, names) for reference in references])
+    matrix = matrix / matrix.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    _, singular, rows = torch.linalg.svd(matrix, full_matrices=False)
+    return rows[singular > 1e-4 * singular[0]][:rank]
+
+
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 6),
+    rank=st.none() | st.integers(1, 6),
+    exponent=st.integers(-6, 6),
+)
+@settings(max_examples=40, deadline=None)
+def test_orthogonal_equals_the_float64_projection(scope, seed, count, rank, exponent):
+    references = [random_gradients(seed + 1 + i, scale=10.0 ** (exponent * (-1) ** i)) for i in range(count)]
+    gradients = random_gradients(seed)
+    expected, squared_removed = {}, 0.0
+    for names in groups_of(scope):
+        basis, g = oracle_basis(references, names, rank), flat(gradients, names)
+        removed = basis.T @ (basis @ g)
+        squared_removed += removed.square().sum().item()
+        expected[tuple(names)] = g - removed
+
+    norm = flat(gradients, list(SHAPES)).norm().item()
+    stats = Subspace.from_gradients(references, scope=scope, rank=rank).project_(gradients)
+    for names, value in expected.items():
+        torch.testing.assert_close(flat(gradients, names), value, rtol=0, atol=2e-5 * norm)
+    assert stats.finite
+    assert stats.removed == pytest.approx(math.sqrt(squared_removed) / norm, abs=1e-5)
+    left = math.sqrt(sum(value.square().sum().item() for value in expected.values()))
+    assert stats.norm == pytest.approx(left, abs=1e-4 * norm)
+    assert stats.residual <= 1e-3  # the one-element tensor keeps rounding only, measured against the floor
+
+
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_residual_is_rounding_in_float32_and_small_in_bfloat16(scope):
+    shapes = {"a": (200, 300), "b": (4000,)}
+    for dtype, bound in [(torch.float32, 1e-6), (torch.bfloat16, 2e-3)]:
+        references = [random_gradients(i, dtype, shapes) for i in range(3)]
+        gradients = random_gradients(9, dtype, shapes)
+        with_reference = {name: 3 * references[1][name] + value for name, value in gradients.items()}
+        stats = Subspace.from_gradients(references, scope=scope).project_(with_reference)
+        assert 0.9 < stats.removed < 1
+        assert stats.residual <= bound
+
+
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_degenerate_reference_gradients(scope):
+    first, zero = random_gradients(1), {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    tiny = {name: 1e-30 * value for name, value in random_gradients(2).items()}
+    huge = {name: 1e30 * value for name, value in random_gradients(3).items()}
+    untouched = {**random_gradients(4), "b": None}
+    for references, rank in [
+        ([first, first], 1),
+        ([first, {name: -2 * value for name, value in first.items()}], 1),
+        ([first, zero], 1),
+        ([zero, zero], 0),
+        ([tiny, huge], 2),
+        ([first, untouched], 2),
+    ]:
+        subspace = Subspace.from_gradients(references, scope=scope)
+        gradients = random_gradients(7)
+        before = {name: value.clone() for name, value in gradients.items()}
+        stats = subspace.project_(gradients)
+        assert subspace.rank == rank
+        assert all(value.isfinite().all() for value in gradients.values())
+        assert math.isfinite(stats.norm)
+        if rank == 0:
+            assert stats.removed == 0
+            assert all(torch.equal(before[name], gradients[name]) for name in gradients)
+
+
+def test_a_gradient_inside_the_subspace_becomes_zero():
+    references = [random_gradients(1), random_gradients(2)]
+    gradients = {name: 2 * references[0][name] - references[1][name] for name in SHAPES}
+    stats = Subspace.from_gradients(references, scope="global").project_(gradients)
+    assert stats.removed == pytest.approx(1, abs=1e-6)
+    assert flat(gradients, list(SHAPES)).norm() < 1e-5
+    assert stats.residual < 1e-3
+
+
+def test_methods_agree_where_they_must():
+    references = [random_gradients(1), random_gradients(2)]
+    subspace = Subspace.from_gradients(references, scope="global")
+    helpful, opposed = flat(references[0], SHAPES), flat(references[1], SHAPES)
+
+    monitored = random_gradients(5)
+    before = {name: value.clone() for name, value in monitored.items()}
+    watched = subspace.project_(monitored, method="monitor")
+    assert all(torch.equal(before[name], monitored[name]) for name in SHAPES)
+    projected = random_gradients(5)
+    assert subspace.project_(projected).removed == pytest.approx(watched.removed, rel=1e-6)
+    g = flat(before, SHAPES)
+    cosines = [(g @ r / g.norm() / r.norm()).item() for r in (helpful, opposed)]
+    assert watched.cosines == pytest.approx(cosines, abs=1e-6)
+
+    agreeing = {name: references[0][name] + references[1][name] for name in SHAPES}
+    assert subspace.project_(agreeing, method="conflict").removed == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("method", ["orthogonal", "conflict", "monitor"])
+def test_a_gradient_that_is_not_finite_is_left_as_it_is(bad, method):
+    gradients = random_gradients(3)
+    gradients["b"][4] = bad
+    before = {name: value.clone() for name, value in gradients.items()}
+    stats = Subspace.from_gradients([random_gradients(1), random_gradients(2)]).project_(gradients, method=method)
+    assert not stats.finite
+    for name, value in before.items():
+        torch.testing.assert_close(gradients[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_reference_gradients_that_are_not_finite_are_refused():
+    broken = random_gradients(1)
+    broken["a"][0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Subspace.from_gradients([broken, random_gradients(2)])
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 12),
+    rank=st.integers(1, 8),
+    duplicate=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_conflict_is_the_least_change_that_meets_the_constraints(seed, count, rank, duplicate):
+    rng = np.random.default_rng(seed)
+    normals = rng.standard_normal((3, count, rank))
+    if duplicate:
+        normals[:, -1] = normals[:, 0]
+    normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+    c = rng.standard_normal((3, rank))
+    delta = conflict_policy(torch.tensor(normals))(torch.tensor(c)).numpy()
+    for group in range(3):
+        # The dual of the problem is a non-negative least-squares problem, which SciPy solves exactly.
+        mu, _ = nnls(normals[group].T, -c[group])
+        assert np.allclose(delta[group], normals[group].T @ mu, atol=1e-6)
+        assert (normals[group] @ (c[group] + delta[group])).min() >= -1e-6
+
+
+def test_policy_rounds_back_to_the_dtype_of_the_coefficients():
+    policy = conflict_policy(torch.randn(2, 2, 2))
+    assert policy(torch.randn(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradients": []}, "at least one dict"),
+        ({"gradients": [{}]}, "at least one dict"),
+        ({"scope": "layer"}, "`scope` is 'layer'"),
+        ({"rank": 0}, "`rank` is 0"),
+        ({"gradients": [{"a": torch.ones(2)}, {"b": torch.ones(2)}]}, "same names"),
+        ({"gradients": [{"a": torch.ones(2)}, {"a": torch.ones(3)}]}, "different shapes for a"),
+        ({"gradients": [{"a": None}]}, "no tensor"),
+    ],
+)
+def test_bad_reference_gradients_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Subspace.from_gradients(**{"gradients": [random_gradients(1)], **arguments})
+
+
+def test_bad_gradients_are_refused():
+    subspace = Subspace.from_gradients([random_gradients(1)])
+    with pytest.raises(ValueError, match="`method` is 'threshold'; allowed: orthogonal, conflict, monitor"):
+        subspace.project_(random_gradients(2), method="threshold")
+    with pytest.raises(ValueError, match="gradient of a has 2 elements, its reference gradient 35"):
+        subspace.project_({"a": torch.ones(2)})
