@@ -143,8 +143,12 @@ def run_cli(args, tmp_path, env=None, command=("-m", "llamafactory.cli", "train"
     """Run `llamafactory-cli train` on a YAML made of `args`; return the finished process."""
     config = Path(tmp_path) / "config.yaml"
     config.write_text(yaml.safe_dump(args))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.run(
-        [sys.executable, *command, str(config)], capture_output=True, text=True, env={**os.environ, **(env or {})}
+        [sys.executable, *command, str(config)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path, **(env or {})},
     )
     if check and process.returncode != 0:
         raise AssertionError(f"exit {process.returncode}\n{process.stdout[-3000:]}\n{process.stderr[-6000:]}")

@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-from .arguments import extend
+from .arguments import extend, refuse_environment
 
 
 def patch(module: Any) -> None:
@@ -27,10 +27,12 @@ def patch(module: Any) -> None:
     if stock not in module._TRAIN_ARGS:
         raise ValueError("_TRAIN_ARGS does not hold FinetuningArguments")
 
-    get_train_args = module.get_train_args
+    get_train_args, read_args = module.get_train_args, module.read_args
 
     @functools.wraps(get_train_args)
     def checked_get_train_args(args=None):
+        args = read_args(args)
+        refuse_environment(args)
         parsed = get_train_args(args)
         model_args, data_args, training_args, finetuning_args, _ = parsed
         if finetuning_args.ogpsa_enabled:
@@ -67,7 +69,8 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     if not training_args.do_train:
         return
 
-    if finetuning_args.ogpsa_kernel == "triton" and training_args.device.type != "cuda":
+    interpreted = os.getenv("TRITON_INTERPRET") == "1"
+    if finetuning_args.ogpsa_kernel == "triton" and training_args.device.type != "cuda" and not interpreted:
         raise ValueError(
             f"`ogpsa_kernel` is 'triton', which does not run on {training_args.device.type}; allowed there: auto, torch."
         )

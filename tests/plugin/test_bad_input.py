@@ -1,0 +1,110 @@
+"""Wrong options: one sentence that names the option, what was given and what is allowed, before a model is loaded."""
+
+import json
+import shutil
+
+import pytest
+from conftest import OGPSA, run_cli, run_here
+
+
+# What is changed on a good run, and what the message must hold.
+CASES = [
+    ({"ogpsa_dataset": None}, "`ogpsa_dataset` is None; allowed: names"),
+    ({"ogpsa_dataset": ""}, "`ogpsa_dataset` is '', which has an empty name"),
+    ({"ogpsa_dataset": "helpful,"}, "`ogpsa_dataset` is 'helpful,', which has an empty name"),
+    ({"ogpsa_dataset": 3}, "`ogpsa_dataset` is 3; allowed"),
+    ({"ogpsa_dataset": "helpfull"}, "'helpfull', which is not in dataset_info.json; allowed: helpful, helpful_again"),
+    ({"ogpsa_dataset": "helpful,helpful"}, "helpful is in it twice"),
+    ({"ogpsa_dataset": "helpful_pairs"}, "'helpful_pairs', which is a ranking set.*plain records.*without rankings"),
+    (
+        {"stage": "ogpsa_dpo", "dataset": "safety_pairs"},
+        "'helpful', which has no rankings.*allowed: a set with rankings, or `ogpsa_loss: sft`",
+    ),
+    (
+        {"stage": "ogpsa_dpo", "ogpsa_loss": "sft", "ogpsa_dataset": "helpful_pairs"},
+        "which is a ranking set.*set `ogpsa_loss: stage`",
+    ),
+    ({"stage": "ogpsa_rm"}, "'helpful', which has no rankings.*allowed: a set with rankings\\."),
+    ({"stage": "ogpsa_kto", "dataset": "safety_kto"}, "no kto_tag column.*or `ogpsa_loss: sft`"),
+    ({"stage": "ogpsa_pt", "ogpsa_loss": "sft"}, "`ogpsa_loss` is 'sft', which stage pt"),
+    *[
+        ({name: value}, f"`{name}` is {value!r}; allowed: a positive integer".replace(".", "\\."))
+        for name in ("ogpsa_num_samples", "ogpsa_update_interval", "ogpsa_rank", "ogpsa_batch_size")
+        for value in (0, -1, "many", 2.5, True)
+    ],
+    ({"ogpsa_refresh_samples": 0}, "`ogpsa_refresh_samples` is 0; allowed: a positive integer"),
+    ({"ogpsa_refresh_samples": 201}, "`ogpsa_refresh_samples` is 201; allowed: at most `ogpsa_num_samples`.*200"),
+    ({"ogpsa_rank": 33}, "`ogpsa_rank` is 33; allowed: at most 32"),
+    ({"ogpsa_rank": 5, "ogpsa_num_samples": 2}, "`ogpsa_rank` is 5; allowed: at most 4"),
+    ({"ogpsa_rank": 32}, "`ogpsa_rank` is 32, which splits 'helpful' into 16 parts.* only 13 usable.*at most 26"),
+    ({"ogpsa_scope": "layer"}, "`ogpsa_scope` is 'layer'; allowed: parameter, global"),
+    ({"ogpsa_method": "threshold"}, "`ogpsa_method` is 'threshold'; allowed: orthogonal, conflict, monitor"),
+    ({"ogpsa_loss": "dpo"}, "`ogpsa_loss` is 'dpo'; allowed: stage, sft"),
+    ({"ogpsa_basis_device": "gpu"}, "`ogpsa_basis_device` is 'gpu'; allowed: auto, accelerator, cpu"),
+    ({"ogpsa_basis_dtype": "float16"}, "`ogpsa_basis_dtype` is 'float16'; allowed: auto, float32, bfloat16"),
+    ({"ogpsa_kernel": "cuda"}, "`ogpsa_kernel` is 'cuda'; allowed: auto, triton, torch"),
+    ({"ogpsa_kernel": "triton"}, "`ogpsa_kernel` is 'triton'.*cpu"),
+    ({"stage": "sft"}, "`ogpsa_dataset` is 'helpful,truthful', but neither `stage` \\(sft\\)"),
+    ({"stage": "ogpsa_ppo"}, "`stage` is 'ogpsa_ppo'; allowed: ogpsa_pt, ogpsa_sft"),
+    ({"stage": "ppo", "finetuning_type": "ogpsa_full"}, "`stage` is 'ppo'.*OGPSA does not support"),
+    ({"finetuning_type": "ogpsa_galore"}, "`finetuning_type` is 'ogpsa_galore'; allowed: .*ogpsa_full"),
+    ({"use_badam": True}, "`use_badam` is True, which OGPSA does not support"),
+    ({"use_galore": True, "galore_layerwise": True}, "`galore_layerwise` is True, which OGPSA does not support"),
+    ({"use_apollo": True, "apollo_layerwise": True}, "`apollo_layerwise` is True, which OGPSA does not support"),
+    ({"use_hyper_parallel": True}, "`use_hyper_parallel` is True, which OGPSA does not support"),
+    ({"optim": "lomo"}, "`optim` is 'lomo'"),
+    ({"dataset_dir": "nowhere"}, "`dataset_dir` is 'nowhere'; allowed: a folder with a dataset_info.json"),
+    ({"cutoff_len": 1}, "'helpful', none of whose first 200 records gives a token to learn at cutoff_len 1"),
+]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail the test if a model is loaded."""
+    from llamafactory.train.dpo import workflow as dpo
+    from llamafactory.train.kto import workflow as kto
+    from llamafactory.train.sft import workflow as sft
+
+    def load_model(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    for module in (sft, dpo, kto):
+        monkeypatch.setattr(module, "load_model", load_model)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(("change", "message"), CASES, ids=[str(change) for change, _ in CASES])
+def test_wrong_option_is_refused(base_args, change, message):
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **OGPSA, **change})
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(("variable", "backend"), [("USE_MCA", "Megatron"), ("USE_KT", "KTransformers")])
+def test_other_backends_are_refused(base_args, monkeypatch, variable, backend):
+    monkeypatch.setenv(variable, "1")
+    with pytest.raises(ValueError, match=f"`{variable}` is set: OGPSA does not support the {backend} backend"):
+        run_here({**base_args, **OGPSA})
+
+
+@pytest.mark.usefixtures("no_model")
+def test_a_set_without_a_usable_record_is_refused(base_args, data_dir, tmp_path):
+    broken = tmp_path / "data"
+    shutil.copytree(data_dir, broken)
+    info = json.loads((broken / "dataset_info.json").read_text())
+    (broken / "odd.json").write_text(json.dumps([{"instruction": "", "input": "", "output": None}] * 3))
+    info["odd"] = {"file_name": "odd.json"}
+    (broken / "dataset_info.json").write_text(json.dumps(info))
+    args = {**base_args, **OGPSA, "dataset_dir": str(broken), "ogpsa_dataset": "helpful,odd"}
+    with pytest.raises(ValueError, match="`ogpsa_dataset` has 'odd', none of whose"):
+        run_here(args)
+
+
+@pytest.mark.cli
+def test_distributed_runs_are_refused_by_name(base_args, tmp_path):
+    args = {**base_args, **OGPSA, "ddp_backend": "gloo"}
+    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
+    process = run_cli(args, tmp_path, env=env, check=False)
+    assert process.returncode != 0
+    assert "OGPSA does not support distributed training yet" in process.stderr
+    assert not (tmp_path / "out").exists()
