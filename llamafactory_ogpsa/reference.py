@@ -189,7 +189,8 @@ def reference_gradients(
         # Scaled to what each part contributes, the rows of a set add up to the gradient of its mean loss.
         shares = [weight / sum(part_weights) for weight in part_weights]
         for row in rows if parts > 1 else ():
-            row[position * parts : (position + 1) * parts].mul_(torch.tensor(shares, device=row.device)[:, None])
+            scales = torch.tensor(shares, dtype=torch.float64, device=row.device)[:, None]
+            row[position * parts : (position + 1) * parts].mul_(scales)
         losses[reference.name] = sum(share * loss for share, loss in zip(shares, part_losses, strict=True))
     engine.clear()
     return losses

@@ -139,13 +139,18 @@ def base_args(model_dir, data_dir, tmp_path):
 OGPSA = {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful,truthful", "ogpsa_update_interval": 2}
 
 
-def run_cli(args, tmp_path, env=None, command=("-m", "llamafactory.cli", "train"), check=True):
-    """Run `llamafactory-cli train` on a YAML made of `args`; return the finished process."""
+def run_cli(args, tmp_path, env=None, **kwargs):
+    """Run `llamafactory-cli train` on a YAML made of `args`; see `cli`."""
     config = Path(tmp_path) / "config.yaml"
     config.write_text(yaml.safe_dump(args))
+    return cli("train", str(config), env=env, **kwargs)
+
+
+def cli(*words, env=None, python=(), check=True):
+    """Run `llamafactory-cli`; return the finished process, or fail the test with what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.run(
-        [sys.executable, *command, str(config)],
+        [sys.executable, *python, "-m", "llamafactory.cli", *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": path, **(env or {})},

@@ -22,6 +22,8 @@ VARIANTS = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "no checkpointing": {"disable_gradient_checkpointing": True},
     "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
+    "fp16 accumulation": {"fp16": True, "gradient_accumulation_steps": 2},
     "max_grad_norm 0": {"max_grad_norm": 0.0},
     "packing": {"packing": True},
     "neat_packing": {"neat_packing": True, "flash_attn": "sdpa"},
@@ -88,7 +90,7 @@ def test_variant_trains_and_projects(base_args, name):
     for row in refreshes:
         assert set(row["reference_loss"]) == set(args["ogpsa_dataset"].split(","))
         assert all(math.isfinite(loss) for loss in row["reference_loss"].values())
-    half = args.get("bf16") and args["finetuning_type"] == "full" or "ogpsa_basis_dtype" in args
+    half = (args.get("bf16") or args.get("fp16")) and args["finetuning_type"] == "full" or "ogpsa_basis_dtype" in args
     for row in steps:
         assert 0 < row["removed"] <= 1 or args.get("ogpsa_method") == "conflict"
         # A policy that keeps what helps leaves it in the subspace; else what is left is rounding.

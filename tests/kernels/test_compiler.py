@@ -1,0 +1,93 @@
+"""The real compiler, which needs no GPU, on every kernel: the interpreter accepts more than it does."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+SCRIPT = r"""
+import json
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from llamafactory_ogpsa.kernels import triton_kernels
+
+backend, architecture, warp = json.loads(sys.argv[1])
+cases = json.loads(sys.argv[2])
+TYPES = dict(tile_piece="*i32", max_norm="fp32", norms="*fp64")
+TYPES.update(dict.fromkeys(["gradients", "pieces", "group_tiles"], "*i64"))
+TYPES.update(dict.fromkeys(["first", "last", "num_pieces", "num_tiles", "num_groups"], "i32"))
+for name, constants in cases:
+    kernel = getattr(triton_kernels, name)
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n.isupper() else TYPES.get(n, "*fp32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    source = ASTSource(kernel, signature, {n: constants[n] for n in names if n.isupper()}, aligned)
+    compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options={"num_warps": 8})
+    ptx = compiled.asm.get("ptx", "")
+    loads = re.findall(r"(?:ld|st)\.global\.[.\w]+", ptx)
+    print(json.dumps({"kernel": name, "binary": len(compiled.kernel), "accesses": loads}))
+"""
+
+ALIGNED_BFLOAT16, ALIGNED_FLOAT32, UNALIGNED_BFLOAT16, ALL_GRADIENTS, ALL_BASES = 0b100, 0b1, 0b1000, 0b111111, 0b1111
+
+
+def _constants(rank, gradient_kinds, basis_kinds, flag):
+    padded = 1 << (rank - 1).bit_length()
+    return dict(
+        RANK=rank, ROWS=min(8, padded), PADDED=padded, GROUPS=512, TILE=65536, BLOCK=2048, SOLVE=flag, DECIDE=flag,
+        GRADIENT_KINDS=gradient_kinds, BASIS_KINDS=basis_kinds,
+    )  # fmt: skip
+
+
+def _compile(target, cases):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(target), json.dumps(cases)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda t: str(t[1])
+)
+def test_every_kernel_compiles(target):
+    cases = []
+    for rank, gradients, bases in [(2, ALIGNED_BFLOAT16, ALIGNED_BFLOAT16), (3, ALL_GRADIENTS, ALL_BASES), (32, 1, 1)]:
+        cases.append(("partial_sums_kernel", _constants(rank, gradients, bases, True)))
+        for flag in (True, False):
+            cases.append(("reduce_kernel", dict(_constants(rank, gradients, bases, flag), BLOCK=128)))
+            cases.append(("apply_kernel", _constants(rank, gradients, bases, flag)))
+    results = _compile(target, cases)
+    assert [r["kernel"] for r in results] == [name for name, _ in cases]
+    assert all(r["binary"] > 0 for r in results)
+
+
+def test_aligned_tensors_are_read_and_written_16_bytes_at_a_time():
+    def constants(gradient_kinds, basis_kinds):
+        return _constants(2, gradient_kinds, basis_kinds, True)
+
+    cases = [
+        ("partial_sums_kernel", constants(ALIGNED_BFLOAT16, ALIGNED_BFLOAT16)),
+        ("apply_kernel", constants(ALIGNED_BFLOAT16, ALIGNED_BFLOAT16)),
+        ("partial_sums_kernel", constants(ALIGNED_FLOAT32, ALIGNED_FLOAT32)),
+        ("apply_kernel", constants(ALIGNED_FLOAT32, ALIGNED_FLOAT32)),
+        ("apply_kernel", constants(UNALIGNED_BFLOAT16, ALIGNED_BFLOAT16)),
+    ]
+    *aligned, mixed = [r["accesses"] for r in _compile(("cuda", 90, 32), cases)]
+    # The gradient and two rows of the basis, eight elements a thread: one access each, two in float32.
+    assert [a.count("ld.global.v4.b32") for a in aligned] == [3, 3, 6, 6]
+    assert [a.count("st.global.v4.b32") for a in aligned] == [0, 1, 0, 2]
+    assert not any("b16" in access for accesses in aligned for access in accesses)
+
+    assert mixed.count("ld.global.v4.b32") == 2
+    assert not any(access.startswith("st.global.v") for access in mixed)
+    assert mixed.count("ld.global.b16") == mixed.count("st.global.b16") == 8

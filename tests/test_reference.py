@@ -1,0 +1,164 @@
+"""Reference gradients: weights, parts, turns, faults, and what a pass leaves behind."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamafactory_ogpsa.engines.local import LocalEngine
+from llamafactory_ogpsa.reference import (
+    ReferenceSet,
+    preserve_random_state,
+    reference_gradients,
+    split_parts,
+    take_in_turn,
+    without_dropout,
+)
+
+
+class Loss:
+    """A token-averaged quadratic loss: what the trainers' losses look like from here."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def weigh(self, batch, num_samples):
+        return float(batch["tokens"].sum())
+
+    def __call__(self, batch, weight, total):
+        errors = (self.model(batch["x"]) - batch["y"]).square().sum(-1)
+        return (errors * batch["tokens"]).sum() / total
+
+
+def collate(samples):
+    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def make_set(name, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return ReferenceSet(
+        name,
+        [
+            {
+                "x": torch.randn(4, generator=generator, dtype=torch.float64),
+                "y": torch.randn(3, generator=generator, dtype=torch.float64),
+                "tokens": torch.tensor(float(1 + i % 5), dtype=torch.float64),
+            }
+            for i in range(count)
+        ],
+    )
+
+
+def run(model, sets, parts=1, batch_size=4, indices=None, loss=None, **kwargs):
+    engine = LocalEngine(model)
+    rows = [torch.full((len(sets) * parts, p.numel()), 7.0, dtype=torch.float64) for p in engine.parameters]
+    indices = indices or [list(range(len(s.samples))) for s in sets]
+    loss = loss or Loss(model)
+    losses = reference_gradients(sets, indices, parts, batch_size, collate, loss, engine, rows, **kwargs)
+    return losses, torch.cat(rows, 1), engine
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+
+
+def oracle(model, reference):
+    batch = collate(reference.samples)
+    loss = Loss(model)(batch, 0, float(batch["tokens"].sum()))
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.item(), torch.cat([g.flatten() for g in gradients])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_the_mean_gradient_whatever_the_batch_size(model, batch_size, parts):
+    sets = [make_set("a", 11, 1), make_set("b", 8, 2)]
+    losses, rows, engine = run(model, sets, parts, batch_size)
+    for i, reference in enumerate(sets):
+        loss, gradient = oracle(model, reference)
+        assert losses[reference.name] == pytest.approx(loss, rel=1e-12)
+        torch.testing.assert_close(rows[i * parts : (i + 1) * parts].sum(0), gradient, rtol=1e-10, atol=1e-12)
+    assert all(gradient is None for gradient in engine.gradients())
+
+
+def test_parameters_that_no_sample_touches_give_zero_rows(model):
+    model.unused = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    engine = LocalEngine(model)
+    _, rows, _ = run(model, [make_set("a", 5, 1)])
+    position = engine.names.index("unused")
+    start = sum(p.numel() for p in engine.parameters[:position])
+    assert rows[:, start : start + 5].abs().max() == 0
+
+
+def test_a_batch_that_is_not_finite_is_left_out(model):
+    good, broken = make_set("a", 6, 1), make_set("a", 6, 1)
+    broken.samples[4]["y"][0] = float("nan")
+    losses, rows, _ = run(model, [broken], batch_size=1)
+    kept = ReferenceSet("a", [s for i, s in enumerate(good.samples) if i != 4])
+    loss, gradient = oracle(model, kept)
+    assert losses["a"] == pytest.approx(loss)
+    cosine = rows[0] @ gradient / rows[0].norm() / gradient.norm()
+    assert cosine == pytest.approx(1)
+
+
+def test_a_set_without_a_finite_loss_stops_the_run(model):
+    broken = make_set("truthful", 3, 1)
+    for sample in broken.samples:
+        sample["y"][:] = float("inf")
+    with pytest.raises(FloatingPointError, match="reference set truthful gives no reference gradient: no batch"):
+        run(model, [make_set("a", 3, 2), broken])
+
+
+def test_an_overflowing_loss_scale_is_lowered(model):
+    class Overflowing(Loss):
+        def __call__(self, batch, weight, total):
+            loss = super().__call__(batch, weight, total)
+            loss.register_hook(lambda gradient: gradient * (float("inf") if gradient.item() > 300 else 1.0))
+            return loss
+
+    _, rows, _ = run(model, [make_set("a", 5, 1)], loss=Overflowing(model), loss_scale=65536.0)
+    torch.testing.assert_close(rows[0], oracle(model, make_set("a", 5, 1))[1])
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        run(model, [make_set("a", 5, 1)], loss=Overflowing(model), loss_scale=65536.0**3)
+
+
+@given(available=st.integers(1, 50), count=st.none() | st.integers(1, 60), turns=st.integers(1, 8))
+def test_samples_are_taken_in_turn(available, count, turns):
+    taken = [take_in_turn(available, count, turn) for turn in range(turns)]
+    size = available if count is None else min(count, available)
+    assert all(len(set(indices)) == size for indices in taken)
+    assert sum(taken, []) == [i % available for i in range(turns * size)]
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_parts_share_the_samples_out_evenly(count, parts):
+    split = split_parts(list(range(count)), parts)
+    assert sorted(sum(split, [])) == list(range(count))
+    assert max(map(len, split)) - min(map(len, split)) <= 1
+
+
+def test_the_random_state_is_preserved():
+    draw = lambda: (random.random(), np.random.rand(), torch.rand(()).item())
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with preserve_random_state(torch.device("cpu")):
+        draw()
+    assert draw() == expected
+
+
+def test_noise_is_off_but_checkpointing_stays_on():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout(0.5)))
+    model[1].gradient_checkpointing = True
+    model.train()
+    model[0].eval()
+    with without_dropout(model):
+        assert [module.training for module in model.modules()] == [False, False, True, False]
+        x = torch.ones(100)
+        assert torch.equal(model(x), x)
+    assert [module.training for module in model.modules()] == [True, False, True, True]
