@@ -198,7 +198,7 @@ class OgpsaCallback(TrainerCallback):
                 )
         del rows
         self.subspace = Subspace(self.engine.names, basis, geometry, self.groups, self.engine.device)
-        self.subspace.projection(settings.method, settings.kernel)
+        self.subspace.plan(settings.kernel).warmup([param.dtype for param in self.engine.parameters])
         if state.is_world_process_zero:
             row = {
                 "step": state.global_step,

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from .kernels import make_plan
+from .kernels import Plan, make_plan
 from .projection import METHODS, Projection, ProjectionStats, make_projection, ratio
 
 
@@ -184,6 +184,7 @@ class Subspace:
         self.groups = tuple(groups)
         self.device = device or self.basis[0].device
         self.geometry = geometry.to(self.device)
+        self._plans: dict[str, Plan] = {}
         self._projections: dict[tuple[str, str], Projection] = {}
 
     @property
@@ -247,6 +248,13 @@ class Subspace:
         basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
         return cls(kept_names, basis, geometry, groups)
 
+    def plan(self, kernel: str = "auto") -> Plan:
+        """Return the kernels over this basis, made ready at their first use; see `kernels.make_plan`."""
+        if kernel not in self._plans:
+            num_groups = len(self.geometry.ranks)
+            self._plans[kernel] = make_plan(self.basis, self.groups, num_groups, kernel=kernel, device=self.device)
+        return self._plans[kernel]
+
     def projection(self, method: str = "orthogonal", kernel: str = "auto") -> Projection:
         """Return the projection of gradients given in the order of `names`, made at its first use.
 
@@ -263,9 +271,7 @@ class Subspace:
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}")
         if (method, kernel) not in self._projections:
-            num_groups = len(self.geometry.ranks)
-            plan = make_plan(self.basis, list(self.groups), num_groups, kernel=kernel, device=self.device)
-            self._projections[method, kernel] = make_projection(plan, self.geometry, method)
+            self._projections[method, kernel] = make_projection(self.plan(kernel), self.geometry, method)
         return self._projections[method, kernel]
 
     @torch.no_grad()

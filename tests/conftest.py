@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,20 @@ def base_args(model_dir, data_dir, tmp_path):
         "seed": 7,
         "overwrite_cache": True,
     }
+
+
+@pytest.fixture(scope="session")
+def site_without_plugin(tmp_path_factory):
+    """A folder with every installed package but this one, for `python -S` with PYTHONPATH."""
+    site = tmp_path_factory.mktemp("site")
+    for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if "llamafactory_ogpsa" not in entry.name.lower() and entry.suffix != ".pth":
+            (site / entry.name).symlink_to(entry)
+    look = "import importlib.util as u, sys; sys.exit(u.find_spec('llamafactory_ogpsa') is not None)"
+    subprocess.run(
+        [sys.executable, "-S", "-c", look], env={**os.environ, "PYTHONPATH": str(site)}, cwd=site, check=True
+    )
+    return str(site)
 
 
 OGPSA = {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful,truthful", "ogpsa_update_interval": 2}

@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from kernel_cases import IMPLEMENTATIONS, KERNELS_INTERPRETED  # noqa: E402
+from kernel_cases import IMPLEMENTATIONS, KERNELS_INTERPRETED
 
 
 if not torch.cuda.is_available() and not KERNELS_INTERPRETED:
