@@ -16,13 +16,15 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .engines.local import LocalEngine
+from .engines.replicated import ReplicatedEngine
 from .projection import ProjectionStats
 from .reference import (
     ReferenceLoss,
     ReferenceSet,
     preserve_random_state,
     reference_gradients,
+    split_batches,
+    split_parts,
     take_in_turn,
     without_dropout,
 )
@@ -117,7 +119,7 @@ class OgpsaCallback(TrainerCallback):
     def on_train_begin(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
         """Look up the trainable parameters, say what is on, and start the log."""
         settings = self.settings
-        self.engine = LocalEngine(self.trainer.model)
+        self.engine = ReplicatedEngine(self.trainer.model, self.trainer.model_wrapped)
         half = all(param.dtype == torch.bfloat16 for param in self.engine.parameters)
         auto = torch.bfloat16 if half else torch.float32
         self.basis_dtype = auto if settings.basis_dtype == "auto" else getattr(torch, settings.basis_dtype)
@@ -128,7 +130,7 @@ class OgpsaCallback(TrainerCallback):
         self.basis_device = choose_basis_device(settings.basis_device, self.engine.device, num_bytes)
 
         counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in self.sets]
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         cost = sum(counts) / (settings.update_interval * batch)
         logger.info(
             f"OGPSA is on: reference sets {', '.join(f'{r.name} ({n} samples)' for r, n in zip(self.sets, counts))}; "
@@ -162,9 +164,9 @@ class OgpsaCallback(TrainerCallback):
         indices = [take_in_turn(len(ref.samples), settings.refresh_samples, turn) for ref in self.sets]
         num_rows = len(self.sets) * self.parts
         num_batches = sum(
-            math.ceil(len(chosen[part :: self.parts]) / settings.batch_size)
+            len(split_batches(part, settings.batch_size, self.engine))
             for chosen in indices
-            for part in range(self.parts)
+            for part in split_parts(chosen, self.parts)
         )
 
         self.subspace = None  # its memory is what the new rows take

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from .engines.local import LocalEngine
+from .engines.replicated import ReplicatedEngine
 
 
 # Each retry divides the loss scale by 2⁴: from fp16's usual 2¹⁶ down to 1.
@@ -55,6 +55,19 @@ def split_parts(indices: list[int], parts: int) -> list[list[int]]:
     return [indices[part::parts] for part in range(parts)]
 
 
+def split_batches(indices: list[int], batch_size: int, engine: ReplicatedEngine) -> list[tuple[list[int], int]]:
+    """Return this process's share of the samples of a part, in batches, with the number of samples that count.
+
+    The shares differ by one sample at most. Every process gets the same number of batches: where one would have fewer,
+    a batch of one sample that does not count makes up for it.
+    """
+    share = indices[engine.rank :: engine.world_size]
+    batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    largest_share = -(-len(indices) // engine.world_size)
+    missing = -(-largest_share // batch_size) - len(batches)
+    return [(batch, len(batch)) for batch in batches] + missing * [(indices[:1], 0)]
+
+
 @contextmanager
 def preserve_random_state(device: torch.device) -> Iterator[None]:
     """Leave the random state of Python, NumPy, PyTorch and `device` as it was."""
@@ -86,14 +99,18 @@ def without_dropout(model: torch.nn.Module) -> Iterator[None]:
 def accumulate_reference_gradient(
     batches: Sequence[tuple[dict[str, Any], int]],
     loss_of: ReferenceLoss,
-    engine: LocalEngine,
+    engine: ReplicatedEngine,
     loss_scale: float,
     on_batch: Callable[[], None],
 ) -> tuple[float, float]:
-    """Leave the gradient of the mean loss over `batches` in the engine's gradients, whatever the batch size.
+    """Leave the gradient of the mean loss over all processes' batches in the engine's gradients.
+
+    Every batch weighs what it has in tokens or samples, so that neither the batch size nor the number of processes
+    matters.
 
     Args:
-        batches: collated batches and their numbers of samples.
+        batches: this process's collated batches and their numbers of samples, as many in every process: losses may
+            communicate. A batch of 0 samples only keeps the others company; it counts for nothing.
         loss_of: the loss.
         engine: where gradients are accumulated; cleared first.
         loss_scale: the loss is multiplied by it before the backward pass, so that float16 gradients do not vanish, and
@@ -107,23 +124,24 @@ def accumulate_reference_gradient(
     Raises:
         FloatingPointError: no batch has a finite loss, or the gradient is not finite at any loss scale.
     """
-    weights = [loss_of.weigh(batch, num_samples) for batch, num_samples in batches]
-    total = sum(weights)
+    weights = [loss_of.weigh(batch, count) if count > 0 else 0.0 for batch, count in batches]
+    (total,) = engine.sum_numbers([sum(weights)])
     for attempt in range(_SCALE_RETRIES + 1):
         engine.clear()
         mean_loss, used = 0.0, 0.0
         for (batch, _), weight in zip(batches, weights, strict=True):
-            if weight > 0:
-                loss = loss_of(dict(batch), weight, total)
-                value = loss.item()
-                if math.isfinite(value):
-                    (loss * loss_scale).backward()
-                    mean_loss, used = mean_loss + value, used + weight
+            loss = loss_of(dict(batch), weight, total)
+            value = loss.item()
+            if weight > 0 and math.isfinite(value):
+                (loss * loss_scale).backward()
+                mean_loss, used = mean_loss + value, used + weight
             if attempt == 0:
                 on_batch()
+        mean_loss, used = engine.sum_numbers([mean_loss, used])
         if used == 0:
             raise FloatingPointError("no batch has a finite loss")
 
+        engine.sum_gradients()
         present = [gradient for gradient in engine.gradients() if gradient is not None and gradient.numel() > 0]
         largest = torch._foreach_norm(present, math.inf)  # unlike the 2-norm it does not overflow
         if torch.stack([value.float() for value in largest]).isfinite().all():
@@ -141,7 +159,7 @@ def reference_gradients(
     batch_size: int,
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     loss_of: ReferenceLoss,
-    engine: LocalEngine,
+    engine: ReplicatedEngine,
     rows: Sequence[torch.Tensor],
     loss_scale: float = 1.0,
     on_batch: Callable[[], None] = lambda: None,
@@ -171,11 +189,11 @@ def reference_gradients(
         part_losses, part_weights = [], []
         for part, part_indices in enumerate(split_parts(chosen, parts)):
             batches = []
-            for start in range(0, len(part_indices), batch_size):
-                features = [reference.samples[i] for i in part_indices[start : start + batch_size]]
-                batches.append((collate(features), len(features)))
+            for batch_indices, count in split_batches(part_indices, batch_size, engine):
+                batches.append((collate([reference.samples[i] for i in batch_indices]), count))
             try:
-                loss, weight = accumulate_reference_gradient(batches, loss_of, engine, loss_scale, on_batch)
+                with engine.reference_pass():
+                    loss, weight = accumulate_reference_gradient(batches, loss_of, engine, loss_scale, on_batch)
             except FloatingPointError as err:
                 raise FloatingPointError(f"the reference set {reference.name} gives no reference gradient: {err}")
 

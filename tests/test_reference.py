@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamafactory_ogpsa.engines.local import LocalEngine
+from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
 from llamafactory_ogpsa.reference import (
     ReferenceSet,
     preserve_random_state,
@@ -53,7 +53,7 @@ def make_set(name, count, seed):
 
 
 def run(model, sets, parts=1, batch_size=4, indices=None, loss=None, **kwargs):
-    engine = LocalEngine(model)
+    engine = ReplicatedEngine(model)
     rows = [torch.full((len(sets) * parts, p.numel()), 7.0, dtype=torch.float64) for p in engine.parameters]
     indices = indices or [list(range(len(s.samples))) for s in sets]
     loss = loss or Loss(model)
@@ -88,7 +88,7 @@ def test_the_mean_gradient_whatever_the_batch_size(model, batch_size, parts):
 
 def test_parameters_that_no_sample_touches_give_zero_rows(model):
     model.unused = torch.nn.Parameter(torch.zeros(5, dtype=torch.float64))
-    engine = LocalEngine(model)
+    engine = ReplicatedEngine(model)
     _, rows, _ = run(model, [make_set("a", 5, 1)])
     position = engine.names.index("unused")
     start = sum(p.numel() for p in engine.parameters[:position])

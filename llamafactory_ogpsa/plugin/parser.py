@@ -61,10 +61,15 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
             f"`optim` is {str(training_args.optim.value)!r}, which steps inside the backward pass, where OGPSA has no "
             "gradient to project; allowed: any other optimizer."
         )
-    if training_args.world_size > 1 or training_args.deepspeed or training_args.parallel_mode.value == "distributed":
+    if training_args.deepspeed or os.getenv("ACCELERATE_USE_DEEPSPEED") == "true":
         raise ValueError(
-            f"`world_size` is {training_args.world_size} (deepspeed: {training_args.deepspeed}): OGPSA does not support "
-            "distributed training yet; allowed: one process, started without torchrun."
+            f"`deepspeed` is {training_args.deepspeed!r}, which OGPSA does not support yet; allowed: null (one process, "
+            "or several under DistributedDataParallel)."
+        )
+    if training_args.fsdp or os.getenv("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError(
+            "`fsdp` is set, which OGPSA does not support yet; allowed: unset (one process, or several under "
+            "DistributedDataParallel)."
         )
     if not training_args.do_train:
         return

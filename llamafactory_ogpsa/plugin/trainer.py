@@ -148,7 +148,9 @@ class StageLoss:
         with preserve_metrics(trainer), trainer.compute_loss_context_manager():
             if self.normalises:
                 items = torch.tensor(total, device=trainer.args.device)
-                return trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=items)
+                loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=items)
+                # The Trainer multiplies by this where DistributedDataParallel will average; here gradients are summed.
+                return loss / (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
             return trainer.compute_loss(trainer.model_wrapped, inputs) * (weight / total)
 
 

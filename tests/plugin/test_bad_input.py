@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import OGPSA, run_cli, run_here
+from conftest import OGPSA, run_here
 
 
 # What is changed on a good run, and what the message must hold.
@@ -100,11 +100,14 @@ def test_a_set_without_a_usable_record_is_refused(base_args, data_dir, tmp_path)
         run_here(args)
 
 
-@pytest.mark.cli
-def test_distributed_runs_are_refused_by_name(base_args, tmp_path):
-    args = {**base_args, **OGPSA, "ddp_backend": "gloo"}
-    env = {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
-    process = run_cli(args, tmp_path, env=env, check=False)
-    assert process.returncode != 0
-    assert "OGPSA does not support distributed training yet" in process.stderr
-    assert not (tmp_path / "out").exists()
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
+def test_sharded_runs_are_refused_by_name(base_args, monkeypatch, variable):
+    from llamafactory.hparams import get_train_args
+
+    from llamafactory_ogpsa.plugin.parser import check_run
+
+    parsed = get_train_args({**base_args, **OGPSA})
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ValueError, match=f"`{variable.rpartition('_')[2].lower()}` is .*OGPSA does not support yet"):
+        check_run(*parsed[:4])
