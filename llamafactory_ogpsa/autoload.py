@@ -22,6 +22,7 @@ SEAMS = {
     "llamafactory.train.rm.workflow": f"{_PLUGIN}.workflow",
     "llamafactory.train.dpo.workflow": f"{_PLUGIN}.workflow",
     "llamafactory.train.kto.workflow": f"{_PLUGIN}.workflow",
+    "llamafactory.webui.interface": f"{_PLUGIN}.board",
 }
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from .engines.replicated import ReplicatedEngine
+from .interface import Subspace
 from .projection import ProjectionStats
 from .reference import (
     ReferenceLoss,
@@ -29,7 +30,7 @@ from .reference import (
     without_dropout,
 )
 from .report import LOG_NAME, PLOT_NAME, append_row, begin_log, plot_log
-from .subspace import Subspace, assign_groups, orthonormalise_
+from .subspace import assign_groups, orthonormalise_
 
 
 if TYPE_CHECKING:

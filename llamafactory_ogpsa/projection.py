@@ -10,14 +10,11 @@ Nothing here waits for the device; only reading a figure of `ProjectionStats` do
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 
-
-if TYPE_CHECKING:
-    from .kernels import Plan
-    from .subspace import Geometry
+from .kernels import Plan
+from .subspace import Geometry, ratio
 
 
 METHODS = ("orthogonal", "conflict", "monitor")
@@ -35,22 +32,25 @@ Projection = Callable[..., "ProjectionStats"]
 
 @dataclass(frozen=True)
 class ProjectionStats:
-    """The figures of one projection, as 0-dim float32 tensors on the gradient's device until they are read.
+    """What one projection measured, on the gradient's device; a figure is worked out when it is read.
 
     Attributes:
-        norm_tensor: `‖g̃‖` of all groups, before clipping: what `clip_grad_norm_` would return.
-        removed_tensor: `‖g − g̃‖ / ‖g‖`; for `monitor` what `orthogonal` would have removed.
-        finite_tensor: bool, False where the gradient held inf or NaN and was left as it was.
-        cosines_tensor: `[n]`, the cosine of the gradient with each reference gradient, before the projection.
-        residual_tensor: the largest |cos| between the gradient and a basis direction after the projection, over all
-            groups and directions; None where it was not measured (it takes one more read of the gradient).
+        norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
+        finite_tensor: False where the gradient held inf or NaN and was left as it was; bool, 0-dim.
+        residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
+        squared_norms: `‖g‖²` of each group, float32 `[groups]`.
+        coefficients: `c = Uᵀg`, float32 `[groups, rank]`.
+        delta: `Δ`, float32 `[groups, rank]`; for `monitor` that of `orthogonal`, which was not applied.
+        geometry: that of the basis.
     """
 
     norm_tensor: torch.Tensor
-    removed_tensor: torch.Tensor
     finite_tensor: torch.Tensor
-    cosines_tensor: torch.Tensor
     residual_tensor: torch.Tensor | None
+    squared_norms: torch.Tensor
+    coefficients: torch.Tensor
+    delta: torch.Tensor
+    geometry: Geometry
 
     @property
     def norm(self) -> float:
@@ -59,8 +59,8 @@ class ProjectionStats:
 
     @property
     def removed(self) -> float:
-        """`‖g − g̃‖ / ‖g‖`, from 0 to 1."""
-        return self.removed_tensor.item()
+        """`‖g − g̃‖ / ‖g‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
+        return ratio(self.delta.square().sum().sqrt(), self.squared_norms.sum().sqrt()).item()
 
     @property
     def finite(self) -> bool:
@@ -69,12 +69,14 @@ class ProjectionStats:
 
     @property
     def cosines(self) -> list[float]:
-        """The cosine of the gradient with each reference gradient, before the projection."""
-        return self.cosines_tensor.tolist()
+        """The cosine of the gradient with the gradient of each reference set, before the projection."""
+        geometry = self.geometry
+        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, self.coefficients, geometry.shares)
+        return ratio(overlap, self.squared_norms.sum().sqrt()).tolist()
 
     @property
     def residual(self) -> float | None:
-        """The largest |cos| left between the gradient and a basis direction; None if it was not measured."""
+        """The largest |cos| left between the gradient and a basis direction of its group; None if not measured."""
         return None if self.residual_tensor is None else self.residual_tensor.item()
 
 
@@ -153,7 +155,7 @@ def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return torch.einsum("gnr,gn->gr", normals, mu)
 
 
-def make_projection(plan: "Plan", geometry: "Geometry", method: str) -> Projection:
+def make_projection(plan: Plan, geometry: Geometry, method: str) -> Projection:
     """Bind a method to a basis: make the function that projects gradients in place.
 
     Args:
@@ -180,43 +182,27 @@ def make_projection(plan: "Plan", geometry: "Geometry", method: str) -> Projecti
         else:
             raw, squared_norms = plan.coefficients(gradients)
         c = torch.einsum("gij,gj->gi", whitening, raw)
-        total = squared_norms.sum()
-        finite = torch.isfinite(total)
-
-        delta = conflict(c) if conflict is not None else -c
-        delta = torch.where(finite, delta, torch.zeros_like(delta))
-        squared_removed = delta.square().sum()
-        applied = torch.zeros_like(delta) if method == "monitor" else delta
-        change = (2 * c * applied + applied.square()).sum(1)
-        projected = (squared_norms + torch.where(finite, change, torch.zeros_like(change))).clamp(min=0)
-        norm = projected.sum().sqrt()
-        scale = torch.ones_like(norm)
-        if max_norm is not None and method != "monitor":
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        finite = torch.isfinite(squared_norms.sum())
+        delta = torch.where(finite, conflict(c) if conflict is not None else -c, 0.0)
+        norm = squared_norms.sum().sqrt()
+        scale = None
+        if method != "monitor":
+            change = torch.where(finite, 2 * c * delta + delta.square(), 0.0).sum(1)
+            norm = (squared_norms + change).clamp(min=0).sum().sqrt()
+            scale = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if conflict is not None:
             plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta), scale)
 
         residual = None
         if measure:
-            residual = _residual(plan, gradients, whitening, scale * squared_norms.sqrt())
-        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, c, geometry.shares)
-        return ProjectionStats(
-            norm_tensor=norm,
-            removed_tensor=ratio(squared_removed.sqrt(), total.sqrt()),
-            finite_tensor=finite,
-            cosines_tensor=ratio(overlap, total.sqrt()),
-            residual_tensor=residual,
-        )
+            norms = squared_norms.sqrt()
+            residual = _residual(plan, gradients, whitening, norms if scale is None else scale * norms)
+        return ProjectionStats(norm, finite, residual, squared_norms, c, delta, geometry)
 
     return project
 
 
-def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide, anything over 0 being 0: a gradient of norm zero has nothing removed and no angle with anything."""
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
-
-
-def _residual(plan, gradients, whitening: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+def _residual(plan: Plan, gradients, whitening: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """Measure the largest |cos| between what the gradients now are and a basis direction, group by group.
 
     Args:
