@@ -4,7 +4,8 @@
 2. a policy on those few numbers: `Δ = policy(c)`;
 3. `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further read.
 
-Nothing here waits for the device; only reading a figure of `ProjectionStats` does.
+Nothing here waits for the device; only reading a figure of `ProjectionStats` does. The few numbers are float64: that
+costs nothing, and keeps TF32 out of them where a run allows it.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,8 +40,8 @@ class ProjectionStats:
         finite_tensor: False where the gradient held inf or NaN and was left as it was; bool, 0-dim.
         residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
-        coefficients: `c = Uᵀg`, float32 `[groups, rank]`.
-        delta: `Δ`, float32 `[groups, rank]`; for `monitor` that of `orthogonal`, which was not applied.
+        coefficients: `c = Uᵀg`, float64 `[groups, rank]`.
+        delta: `Δ`, float64 `[groups, rank]`; for `monitor` that of `orthogonal`, which was not applied.
         geometry: that of the basis.
     """
 
@@ -89,30 +90,27 @@ def conflict_policy(references: torch.Tensor) -> Policy:
     refresh; with many by an active-set method on the dual (Lawson and Hanson, 1974).
 
     Args:
-        references: `[groups, n, rank]`, unit reference gradients in orthonormal coordinates.
+        references: float64 `[groups, n, rank]`, unit reference gradients in orthonormal coordinates.
 
     Returns:
-        the policy, from coefficients `[groups, rank]` to `Δ` of the same shape and dtype.
+        the policy, from coefficients float64 `[groups, rank]` to `Δ` of the same shape.
     """
-    # A few numbers, but near-parallel reference gradients make them touchy: float64.
-    normals = references.double()
-    n = normals.shape[1]
+    normals, n = references, references.shape[1]
     if n > _MOST_FACES:
-        return lambda c: _active_set(normals, c.double()).to(references.dtype)
+        return lambda c: _active_set(normals, c)
 
     masks = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64, device=normals.device)
     active = masks[None, :, :, None] * normals[:, None]  # [groups, faces, n, rank]
     multipliers = -torch.linalg.pinv(active @ active.mT, hermitian=True) @ active  # μ of each face is this times c
 
     def policy(c: torch.Tensor) -> torch.Tensor:
-        c = c.double()
         mu = torch.einsum("gfnr,gr->gfn", multipliers, c)
         candidates = c[:, None] + torch.einsum("gfnr,gfn->gfr", active, mu)
         slack = torch.einsum("gnr,gfr->gfn", normals, candidates)
         # The optimum is the one face with μ ≥ 0 and no constraint broken; rounding decides between equals.
         violation = (-slack).clamp(min=0).amax(-1) + (-mu).clamp(min=0).amax(-1)
         best = violation.argmin(1)[:, None, None].expand(-1, 1, c.shape[1])
-        return (candidates.gather(1, best)[:, 0] - c).to(references.dtype)
+        return candidates.gather(1, best)[:, 0] - c
 
     return policy
 
@@ -170,7 +168,7 @@ def make_projection(plan: Plan, geometry: Geometry, method: str) -> Projection:
         one more read. A gradient that is not finite anywhere is not projected at all.
     """
     whitening = geometry.whitening
-    inverse_gram = whitening.mT @ whitening
+    inverse_gram = (whitening.mT @ whitening).float()
     conflict = conflict_policy(geometry.references) if method == "conflict" else None
 
     @torch.no_grad()
@@ -181,17 +179,17 @@ def make_projection(plan: Plan, geometry: Geometry, method: str) -> Projection:
             raw, squared_norms = plan.orthogonal_(gradients, inverse_gram, max_norm)
         else:
             raw, squared_norms = plan.coefficients(gradients)
-        c = torch.einsum("gij,gj->gi", whitening, raw)
+        c = torch.einsum("gij,gj->gi", whitening, raw.double())
         finite = torch.isfinite(squared_norms.sum())
         delta = torch.where(finite, conflict(c) if conflict is not None else -c, 0.0)
         norm = squared_norms.sum().sqrt()
         scale = None
         if method != "monitor":
             change = torch.where(finite, 2 * c * delta + delta.square(), 0.0).sum(1)
-            norm = (squared_norms + change).clamp(min=0).sum().sqrt()
+            norm = (squared_norms + change).clamp(min=0).sum().sqrt().float()
             scale = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
         if conflict is not None:
-            plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta), scale)
+            plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta).float(), scale)
 
         residual = None
         if measure:
@@ -215,5 +213,5 @@ def _residual(plan: Plan, gradients, whitening: torch.Tensor, norms: torch.Tenso
         the cosine, 0-dim. A group of which less than `_RESIDUAL_FLOOR` is left is measured against that floor.
     """
     raw, left = plan.coefficients(gradients)
-    coefficients = torch.einsum("gij,gj->gi", whitening, raw).abs().amax(1)
+    coefficients = torch.einsum("gij,gj->gi", whitening, raw.double()).abs().amax(1)
     return ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms)).max()

@@ -60,11 +60,11 @@ class Geometry:
     """The few numbers that describe a basis, one entry a group; all that a policy needs beside the coefficients.
 
     Attributes:
-        whitening: float32 `[groups, rank, rank]`, `T` with `T B` orthonormal, where `B` is the basis as stored: it
+        whitening: float64 `[groups, rank, rank]`, `T` with `T B` orthonormal, where `B` is the basis as stored: it
             takes out what rounding the basis to its dtype did to its orthonormality. `T Bᵀg` are the coefficients.
-        references: float32 `[groups, sets, rank]`, the unit reference gradients in orthonormal coordinates,
+        references: float64 `[groups, sets, rank]`, the unit reference gradients in orthonormal coordinates,
             `r_d / ‖r_d‖ = U a_d`; zero where the reference gradient is.
-        shares: float32 `[groups, sets]`, `‖r_d‖` of the group over `‖r_d‖` of all groups.
+        shares: float64 `[groups, sets]`, `‖r_d‖` of the group over `‖r_d‖` of all groups.
         ranks: the number of directions of each group.
     """
 
@@ -137,9 +137,9 @@ def orthonormalise_(
     set_norms = blocks.sum((1, 2)).clamp(min=0).sqrt()
     total_norms = set_norms.square().sum(0).sqrt()
     geometry = Geometry(
-        whitening=_whitening(gram_matrices(basis, groups, num_groups, device), kept).float(),
-        references=ratio(coordinates, set_norms[:, :, None]).float(),
-        shares=ratio(set_norms, total_norms).float(),
+        whitening=_whitening(gram_matrices(basis, groups, num_groups, device), kept),
+        references=ratio(coordinates, set_norms[:, :, None]),
+        shares=ratio(set_norms, total_norms),
         ranks=ranks,
     )
     return basis, geometry

@@ -1,10 +1,22 @@
 """Random cases, and what the kernels should make of them, in float64."""
 
+import os
+import sys
+
 import pytest
 import torch
 from hypothesis import strategies as st
 
 from llamafactory_ogpsa.kernels import make_plan
+
+
+# Without a GPU the Triton kernels run in Triton's interpreter, which has to be asked for before triton is imported.
+if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    if "triton" in sys.modules:
+        raise ImportError("something imported triton before these tests: set TRITON_INTERPRET=1 for this run.")
+
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from llamafactory_ogpsa.kernels.triton_kernels import INTERPRETED as KERNELS_INTERPRETED
 
 
@@ -21,6 +33,7 @@ IMPLEMENTATIONS = [
     pytest.param(("torch", "cuda"), id="torch-gpu", marks=gpu),
     pytest.param(("triton", "cuda"), id="triton-gpu", marks=gpu),
 ]
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 LAYOUTS = ("plain", "unaligned", "transposed", "none")
 
 

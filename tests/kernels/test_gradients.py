@@ -4,11 +4,20 @@ import mmap
 
 import pytest
 import torch
-from kernel_cases import DTYPES, IMPLEMENTATIONS, Case, assert_close, assert_same_bits, interpreted
+from kernel_cases import (
+    DTYPES,
+    IMPLEMENTATIONS,
+    Case,
+    assert_close,
+    assert_same_bits,
+    each_implementation,
+    interpreted,
+)
 
 from llamafactory_ogpsa.kernels import make_plan
 
 
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [8, 1])
 def test_neighbours_are_not_touched(implementation, dtype, offset):
@@ -24,6 +33,7 @@ def test_neighbours_are_not_touched(implementation, dtype, offset):
         assert pool.isnan().sum() == pool.numel() - slot.numel()
 
 
+@each_implementation
 def test_neighbours_of_the_basis_are_not_read(implementation):
     kernel, device = implementation
     case = Case([519, 8], [0, 0], 3, device=device)
@@ -33,6 +43,7 @@ def test_neighbours_of_the_basis_are_not_read(implementation):
     assert_close(case.gradients, case.projected(), case.before, kernel, slack=2e-6)
 
 
+@each_implementation
 def test_every_partial_sum_is_written(implementation):
     kernel, device = implementation
     case = Case([1200, 0, 77], [0, 1, 2], 2, layouts=["plain", "plain", "none"], device=device)
@@ -42,6 +53,7 @@ def test_every_partial_sum_is_written(implementation):
     assert_same_bits(plan.coefficients(case.gradients), first)
 
 
+@each_implementation
 @pytest.mark.parametrize("layout", ["transposed", "unaligned"])
 def test_unusual_memory_is_changed_in_place(implementation, layout):
     kernel, device = implementation
@@ -54,6 +66,7 @@ def test_unusual_memory_is_changed_in_place(implementation, layout):
     assert_close(case.gradients, case.moved(delta), case.before, kernel, slack=2e-6)
 
 
+@each_implementation
 def test_gradients_may_come_go_move_and_change_dtype(implementation):
     kernel, device = implementation
     case = Case([300, 64], [0, 1], 2, device=device)
@@ -68,6 +81,7 @@ def test_gradients_may_come_go_move_and_change_dtype(implementation):
             assert sq[k].item() == pytest.approx(flat.square().sum().item(), rel=1e-6)
 
 
+@each_implementation
 def test_same_address_another_dtype(implementation):
     kernel, device = implementation
     plan = make_plan([torch.ones(1, 16, device=device)], [0], 1, kernel=kernel)
@@ -76,6 +90,7 @@ def test_same_address_another_dtype(implementation):
     assert plan.coefficients([gradient.view(torch.float16)])[0].item() == 30.0
 
 
+@each_implementation
 def test_only_empty_tensors(implementation):
     kernel, device = implementation
     case = Case([0, 0], [0, 1], 2, device=device)
@@ -84,6 +99,7 @@ def test_only_empty_tensors(implementation):
     assert sq.tolist() == [0.0, 0.0]
 
 
+@each_implementation
 @pytest.mark.parametrize(
     ("gradients", "error"),
     [
@@ -102,6 +118,7 @@ def test_gradients_that_do_not_fit_are_refused(implementation, gradients, error)
         plan.coefficients(gradients)
 
 
+@each_implementation
 @pytest.mark.parametrize("shape", [(1,), (2, 1), (1, 3)])
 def test_tables_that_do_not_fit_are_refused(implementation, shape):
     kernel, device = implementation

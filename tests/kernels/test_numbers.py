@@ -3,7 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from kernel_cases import IMPLEMENTATIONS, Case, assert_close, assert_same_bits, cases, gpu
+from kernel_cases import IMPLEMENTATIONS, Case, assert_close, assert_same_bits, cases, each_implementation, gpu
 
 from llamafactory_ogpsa.kernels import make_plan
 
@@ -64,6 +64,7 @@ def test_float32_at_size(way, numel):
     assert ((basis.double() @ left).abs() <= 1e-6 * left.norm()).all()
 
 
+@each_implementation
 @pytest.mark.parametrize("value", [0.1, -3.0])
 def test_equal_elements_do_not_build_up_error(implementation, value):
     kernel, device = implementation
@@ -76,6 +77,7 @@ def test_equal_elements_do_not_build_up_error(implementation, value):
     assert abs(sq.item() - float(gradient.double().square().sum())) <= 1e-6 * sq.item()
 
 
+@each_implementation
 @pytest.mark.parametrize("size", [1e-12, 1e12])
 def test_tiny_and_huge_gradients(implementation, size):
     kernel, device = implementation
@@ -84,6 +86,7 @@ def test_tiny_and_huge_gradients(implementation, size):
     assert_close(case.gradients, case.projected(), case.before, kernel, slack=2e-6)
 
 
+@each_implementation
 def test_bfloat16_residual(implementation):
     kernel, device = implementation
     case = Case([900, 700], [0, 0], 2, torch.bfloat16, [torch.bfloat16] * 2, device=device)
@@ -93,6 +96,7 @@ def test_bfloat16_residual(implementation):
     assert (c[0].abs() <= 2e-3 * sq.sqrt()).all()
 
 
+@each_implementation
 def test_implementations_agree(implementation):
     kernel, device = implementation
     case = Case([700, 33, 512], [1, 0, 1], 3, device=device)
@@ -105,6 +109,7 @@ def test_implementations_agree(implementation):
         torch.testing.assert_close(g.cpu(), e, rtol=1e-6, atol=1e-7)
 
 
+@each_implementation
 def test_every_run_gives_the_same_bits(implementation):
     kernel, device = implementation
     case = Case([700, 33, 512], [1, 0, 1], 3, torch.bfloat16, [torch.float32] * 3, device=device)

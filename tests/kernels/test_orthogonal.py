@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import IMPLEMENTATIONS, Case, assert_same_bits
+from kernel_cases import IMPLEMENTATIONS, Case, assert_same_bits, each_implementation
 
 from llamafactory_ogpsa.kernels import make_plan
 
@@ -15,6 +15,7 @@ def _stock_clip(gradients, max_norm):
     return [p.grad for p in parameters]
 
 
+@each_implementation
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
 def test_clips_as_torch_does(implementation, max_norm):
     kernel, device = implementation
@@ -27,12 +28,14 @@ def test_clips_as_torch_does(implementation, max_norm):
         torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6 * max_norm)
 
 
+@each_implementation
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e25])
 def test_non_finite_follows_the_stock_rule(implementation, value):
     kernel, device = implementation
     case = Case([600, 50], [0, 1], 2, device=device)
     case.gradients[1][7] = value
+    case.gradients[0][:9] = -0.0
     before = case.copies()
     plan = case.plan(kernel)
     c, sq = plan.orthogonal_(case.gradients, case.inverse_gram())
@@ -45,6 +48,7 @@ def test_non_finite_follows_the_stock_rule(implementation, value):
         torch.testing.assert_close(g, e, rtol=0, atol=0, equal_nan=True)
 
 
+@each_implementation
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_zero_delta_leaves_every_bit(implementation, scale):
     kernel, device = implementation
@@ -58,6 +62,7 @@ def test_zero_delta_leaves_every_bit(implementation, scale):
     assert_same_bits(case.gradients, before)
 
 
+@each_implementation
 def test_directions_that_a_group_lacks_are_left_out(implementation):
     kernel, device = implementation
     case = Case([300, 1], [0, 1], 3, device=device)
@@ -70,6 +75,7 @@ def test_directions_that_a_group_lacks_are_left_out(implementation):
     assert case.gradients[1].abs().item() <= 1e-6
 
 
+@each_implementation
 def test_a_remainder_below_zero_is_not_taken_from_the_norm(implementation):
     """Rounding can make a group's remainder negative; an inverse Gram matrix that is too large does so reliably."""
     kernel, device = implementation
@@ -93,6 +99,7 @@ def test_three_launches_for_any_number_of_tensors(way, count, monkeypatch):
     assert launched == [triton_plan.partial_sums_kernel, triton_plan.reduce_kernel, triton_plan.apply_kernel]
 
 
+@each_implementation
 def test_more_groups_than_a_program_adds_up_at_a_time(implementation):
     kernel, device = implementation
     count = 41
@@ -105,6 +112,7 @@ def test_more_groups_than_a_program_adds_up_at_a_time(implementation):
     torch.testing.assert_close(torch.cat(gradients), torch.full((count,), expected, device=device))
 
 
+@each_implementation
 def test_warmup_changes_nothing(implementation):
     kernel, device = implementation
     case = Case([300, 0, 41], [0, 1, 2], 2, device=device)
