@@ -130,19 +130,24 @@ class OgpsaCallback(TrainerCallback):
         num_bytes = num_rows * sum(sizes) * self.basis_dtype.itemsize
         self.basis_device = choose_basis_device(settings.basis_device, self.engine.device, num_bytes)
 
-        counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in self.sets]
-        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        cost = sum(counts) / (settings.update_interval * batch)
-        logger.info(
-            f"OGPSA is on: reference sets {', '.join(f'{r.name} ({n} samples)' for r, n in zip(self.sets, counts))}; "
-            f"refreshed every K = {settings.update_interval} steps; rank {settings.rank or len(self.sets)}; "
-            f"scope {settings.scope}; method {settings.method}; {sum(sizes):,} trainable parameters in "
-            f"{len(sizes)} tensors; basis {num_bytes / 2**20:,.1f} MiB on {self.basis_device}; "
-            f"expected cost {cost:.2f} reference samples per training sample."
-        )
         if state.is_world_process_zero:
+            self._introduce(args, sum(sizes), num_bytes)
             os.makedirs(args.output_dir, exist_ok=True)
             begin_log(self.log_path, state.global_step)
+
+    def _introduce(self, args: "TrainingArguments", num_parameters: int, num_bytes: int) -> None:
+        """Say in one line what is on and what it will cost."""
+        settings = self.settings
+        counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in self.sets]
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sets = ", ".join(f"{ref.name} ({count} samples)" for ref, count in zip(self.sets, counts, strict=True))
+        logger.info(
+            f"OGPSA is on: reference sets {sets}; refreshed every K = {settings.update_interval} steps; "
+            f"rank {settings.rank or len(self.sets)}; scope {settings.scope}; method {settings.method}; "
+            f"{num_parameters:,} trainable parameters in {len(self.engine.parameters)} tensors; "
+            f"basis {num_bytes / 2**20:,.1f} MiB on {self.basis_device}; "
+            f"expected cost {sum(counts) / (settings.update_interval * batch):.2f} reference samples per training sample."
+        )
 
     def on_step_begin(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
         """Refresh the basis every K optimizer steps, starting before the first."""
@@ -161,6 +166,8 @@ class OgpsaCallback(TrainerCallback):
         """
         start = time.perf_counter()
         settings = self.settings
+        if state.is_world_process_zero:
+            logger.info(f"OGPSA refresh at step {state.global_step}.")
         turn = state.global_step // settings.update_interval
         indices = [take_in_turn(len(ref.samples), settings.refresh_samples, turn) for ref in self.sets]
         num_rows = len(self.sets) * self.parts
