@@ -9,12 +9,16 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_DISABLED", "true")
+if not torch.cuda.is_available():
+    # Before anything imports Triton: it decides at its import whether kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
 
@@ -35,7 +39,6 @@ def make_tokenizer(words):
 
 def make_model_dir(path, words=WORDS, tie=True, family="qwen2", **config):
     """Save a random tiny model with its tokenizer."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = make_tokenizer(words)

@@ -9,6 +9,7 @@ import json
 import os
 from typing import Any
 
+from ..kernels import triton_obstacle
 from .arguments import extend, refuse_environment
 
 
@@ -74,11 +75,13 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     if not training_args.do_train:
         return
 
-    interpreted = os.getenv("TRITON_INTERPRET") == "1"
-    if finetuning_args.ogpsa_kernel == "triton" and training_args.device.type != "cuda" and not interpreted:
-        raise ValueError(
-            f"`ogpsa_kernel` is 'triton', which does not run on {training_args.device.type}; allowed there: auto, torch."
-        )
+    obstacle = (
+        triton_obstacle(training_args.device.type, interpret=True)
+        if finetuning_args.ogpsa_kernel == "triton"
+        else None
+    )
+    if obstacle:
+        raise ValueError(f"`ogpsa_kernel` is 'triton', but {obstacle}; allowed here: auto, torch.")
     check_datasets(finetuning_args, data_args.dataset_dir)
     check_seam(finetuning_args.stage)
 

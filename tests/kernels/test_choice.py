@@ -1,6 +1,7 @@
 """Which implementation a plan gets, and which arguments are refused."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,12 @@ from kernel_cases import interpreted
 
 from llamafactory_ogpsa.kernels import factory, make_plan
 from llamafactory_ogpsa.kernels.torch_plan import TorchPlan
+
+
+def _run(script):
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    return run.stdout
 
 
 def test_auto_is_torch_on_the_cpu_and_says_so_once(caplog):
@@ -34,6 +41,16 @@ def test_auto_without_triton_is_torch(monkeypatch):
         make_plan([torch.ones(1, 4)], [0], 1, kernel="triton")
 
 
+def test_auto_on_the_cpu_does_not_import_triton():
+    script = """
+import sys, torch
+from llamafactory_ogpsa.kernels import make_plan
+make_plan([torch.ones(1, 4)], [0], 1)
+print("triton" in sys.modules)
+"""
+    assert _run(script) == "False\n"
+
+
 def test_triton_on_the_cpu_is_an_error_that_says_why():
     script = """
 import torch
@@ -43,9 +60,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    environment = {"PATH": "", "PYTHONPATH": ":".join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-    assert "needs a CUDA or ROCm device, and the gradients are on cpu" in run.stdout
+    assert "needs a CUDA or ROCm device, and the gradients are on cpu" in _run(script)
 
 
 @interpreted

@@ -33,6 +33,7 @@ VARIANTS = {
     "rank 4": {"ogpsa_rank": 4},
     "bfloat16 basis": {"ogpsa_basis_dtype": "bfloat16"},
     "basis on cpu": {"ogpsa_basis_device": "cpu"},
+    "triton, interpreted": {"ogpsa_kernel": "triton", "max_steps": 1},
     "neftune": {"neftune_noise_alpha": 5.0},
     "label smoothing": {"label_smoothing_factor": 0.1},
     "dft loss": {"use_dft_loss": True},

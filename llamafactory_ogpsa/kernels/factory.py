@@ -1,0 +1,129 @@
+"""Choosing the implementation."""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from .basis import ResidentBasis
+from .plan import Plan
+from .streaming import StreamedBasis
+from .torch_plan import TorchPlan
+
+
+logger = logging.getLogger(__name__)
+
+MAX_RANK = 32
+BASIS_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def make_plan(
+    basis: Sequence[torch.Tensor],
+    groups: Sequence[int],
+    num_groups: int,
+    kernel: str = "auto",
+    device: torch.device | str | None = None,
+) -> Plan:
+    """Prepare the passes over a set of parameter tensors for one basis.
+
+    The plan keeps the basis's addresses: make another when the basis is replaced, and do not resize the tensors.
+
+    Args:
+        basis: one contiguous tensor ``[rank, numel_i]`` per parameter tensor, float32 or bfloat16, all of the same
+            rank, 1 to 32, and on the same device; ``numel_i`` may be zero.
+        groups: the group of each tensor, whose coefficients are added: ``0, 1, 2, ...`` for a basis per tensor, all
+            zero for one basis over all tensors together; any other mapping will do.
+        num_groups: number of groups; a group may have no tensors.
+        kernel: ``triton``, ``torch``, or ``auto`` for Triton where it can run.
+        device: the gradients' device; None for the basis's. With the basis on the CPU, in pinned memory, and the
+            gradients elsewhere, each pass streams the basis through two buffers on the device.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: the arguments contradict the above, or ``triton`` cannot run here.
+    """
+    _check(basis, groups, num_groups)
+    device = basis[0].device if device is None else torch.empty(0, device=device).device
+    source = _source(basis, groups, device)
+    numels = [b.shape[1] for b in basis]
+    if _use_triton(kernel, device):
+        from .triton_plan import TritonPlan
+
+        return TritonPlan(source, numels, num_groups, basis[0].shape[0])
+
+    return TorchPlan(source, numels, num_groups, basis[0].shape[0])
+
+
+def _check(basis: Sequence[torch.Tensor], groups: Sequence[int], num_groups: int) -> None:
+    if not basis:
+        raise ValueError("the basis has no tensors.")
+
+    rank, device = basis[0].shape[0], basis[0].device
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"the basis's rank must be 1 to {MAX_RANK}, not {rank}.")
+
+    for i, b in enumerate(basis):
+        if b.dim() != 2 or b.shape[0] != rank or b.device != device or not b.is_contiguous():
+            raise ValueError(f"basis tensor {i} must be contiguous [{rank}, numel] on {device}, like the first.")
+
+        if b.dtype not in BASIS_DTYPES:
+            raise ValueError(f"basis tensor {i} must be float32 or bfloat16, not {b.dtype}.")
+
+    if len(groups) != len(basis) or not all(0 <= group < num_groups for group in groups):
+        raise ValueError(
+            f"groups must hold, for each of the {len(basis)} tensors, a number from 0 to {num_groups - 1}."
+        )
+
+
+def _source(basis: Sequence[torch.Tensor], groups: Sequence[int], device: torch.device) -> ResidentBasis:
+    if basis[0].device == device:
+        return ResidentBasis(basis, groups)
+
+    if basis[0].device.type != "cpu":
+        raise ValueError(f"a basis on {basis[0].device} cannot serve gradients on {device}.")
+
+    return StreamedBasis(basis, groups, device)
+
+
+def _use_triton(kernel: str, device: torch.device) -> bool:
+    if kernel not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernel must be auto, triton or torch, not {kernel!r}.")
+
+    if kernel == "torch":
+        return False
+
+    # Interpreted kernels are for tests: nobody gets them without asking.
+    obstacle = triton_obstacle(device.type, interpret=kernel == "triton")
+    if kernel == "triton" and obstacle:
+        raise ValueError(f"kernel triton cannot run here: {obstacle}.")
+
+    if kernel == "auto":
+        _say(f"torch, because {obstacle}" if obstacle else "Triton")
+
+    return not obstacle
+
+
+def triton_obstacle(device_type: str, interpret: bool) -> str | None:
+    """Return why Triton kernels cannot run on this type of device, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+
+    if device_type == "cuda":
+        return None
+
+    if device_type == "cpu" and interpret:
+        from .triton_kernels import INTERPRETED
+
+        if INTERPRETED:
+            return None
+
+    return f"Triton needs a CUDA or ROCm device, and the gradients are on {device_type}"
+
+
+@functools.cache
+def _say(choice: str) -> None:
+    logger.info("Gradients are projected by %s.", choice)

@@ -1,0 +1,140 @@
+"""What every implementation offers, and the checks that they share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from .basis import ResidentBasis
+
+
+Gradients = Sequence[torch.Tensor | None]
+
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Plan(ABC):
+    """The two passes over one set of parameter tensors, prepared for one basis.
+
+    Built by :func:`llamafactory_ogpsa.kernels.make_plan`; good until the basis is replaced. Throughout, ``gradients``
+    holds one entry per basis tensor, in the same order: a float32, bfloat16 or float16 tensor with as many elements
+    on the plan's device, of any shape, strides and alignment, dtypes mixed at will, or None where a parameter has no
+    gradient in this step, which counts as zero. A gradient that is not contiguous is copied, worked on, and copied
+    back; no other is copied. Results are bitwise the same in every run on the same machine.
+
+    Args:
+        source: the basis, in pieces.
+        numels: number of elements of each parameter tensor.
+        num_groups: number of groups.
+        rank: number of rows of the basis.
+    """
+
+    def __init__(self, source: ResidentBasis, numels: Sequence[int], num_groups: int, rank: int) -> None:
+        self.device = source.device
+        self.num_groups = num_groups
+        self.rank = rank
+        self._source = source
+        self._numels = list(numels)
+
+    @abstractmethod
+    def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measure the gradient along the basis, in one read of both.
+
+        ``c[k] = Σ B_i g_i`` and ``sq[k] = Σ ‖g_i‖²`` over the tensors ``i`` of group ``k``.
+
+        Returns:
+            c, float32 ``[num_groups, rank]``, and sq, float32 ``[num_groups]``, both on the plan's device. A group
+            without gradients has zeros.
+
+        Raises:
+            ValueError: the gradients' number, sizes or device differ from the plan's.
+            TypeError: a gradient's dtype is none of float32, bfloat16 and float16.
+        """
+
+    @abstractmethod
+    def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        """Change the gradients in place: ``g_i ← s·(g_i + B_iᵀ Δ_k)``, computed in float32 and rounded at the write.
+
+        Where ``Δ_k`` is zero and ``s`` is one or absent, non-finite values are left as they are too.
+
+        Args:
+            gradients: the gradients to change.
+            delta: float32 ``[num_groups, rank]`` on the plan's device.
+            scale: float32 tensor without dimensions on the plan's device, or None for one.
+
+        Raises:
+            ValueError: the gradients' number, sizes or device differ from the plan's, or delta's shape does.
+            TypeError: a gradient's dtype is none of float32, bfloat16 and float16.
+        """
+
+    @abstractmethod
+    def orthogonal_(
+        self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Remove from each group's gradient what lies in the span of its basis, and clip, in place.
+
+        With ``A_k`` the inverse Gram matrix of group ``k``'s basis, this is the orthogonal projection of arXiv
+        2602.07892, ``Δ_k = -A_k c_k``; what is left has the squared norm ``max(sq_k - c_kᵀ A_k c_k, 0)``, whose sum
+        over the groups is ``norm²``; for a parameter without gradient this counts what a gradient of zeros would have
+        become. The clipping factor is the one of ``torch.nn.utils.clip_grad_norm_``, ``s =
+        min(1, max_norm / (norm + 1e-6))``, and ``g_i ← s·(g_i + B_iᵀ Δ_k)``.
+
+        When the sum of ``sq``, in float32, is not finite, nothing is removed and ``s`` follows from that sum's root,
+        as without projection; without max_norm the gradients are then left as they are.
+
+        Args:
+            gradients: the gradients to change.
+            inverse_gram: float32 ``[num_groups, rank, rank]`` on the plan's device; close to the identity for a basis
+                rounded to bfloat16, with rows and columns of zeros for directions that a group lacks.
+            max_norm: the largest norm to leave, or None not to clip.
+
+        Returns:
+            The gradients' c and sq before the change, as from :meth:`coefficients`.
+
+        Raises:
+            ValueError: the gradients' number, sizes or device differ from the plan's, or inverse_gram's shape does.
+            TypeError: a gradient's dtype is none of float32, bfloat16 and float16.
+        """
+
+    @abstractmethod
+    def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
+        """Compile ahead what gradients of these dtypes (one per parameter tensor) will need."""
+
+    def _check_table(self, name: str, table: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(table.shape) != shape or table.dtype != torch.float32 or table.device != self.device:
+            raise ValueError(
+                f"{name} must be float32 {list(shape)} on {self.device}, "
+                f"not {table.dtype} {list(table.shape)} on {table.device}."
+            )
+
+    def _dense(
+        self, gradients: Gradients
+    ) -> tuple[list[torch.Tensor | None], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Check the gradients and copy those that are not contiguous.
+
+        Returns:
+            The gradients, each contiguous, and a pair (gradient, its contiguous copy) for each that was copied.
+        """
+        if len(gradients) != len(self._numels):
+            raise ValueError(f"{len(gradients)} gradients do not go with a basis of {len(self._numels)} tensors.")
+
+        dense = list(gradients)
+        copied = []
+        for i, (gradient, numel) in enumerate(zip(dense, self._numels, strict=True)):
+            if gradient is None:
+                continue
+
+            if gradient.dtype not in GRADIENT_DTYPES:
+                raise TypeError(f"gradients must be float32, bfloat16 or float16, not {gradient.dtype}.")
+
+            if gradient.numel() != numel or gradient.device != self.device:
+                raise ValueError(
+                    f"gradient {i} has {gradient.numel()} elements on {gradient.device}, "
+                    f"its basis tensor {numel} on {self.device}."
+                )
+
+            if not gradient.is_contiguous():
+                dense[i] = gradient.contiguous()
+                copied.append((gradient, dense[i]))
+
+        return dense, copied
