@@ -38,13 +38,13 @@ print(time.perf_counter() - start)
 
 
 class StepTimer(TrainerCallback):
-    """Times optimizer steps from the end of one to the end of the next; refreshes fall outside what it measures."""
+    """Times optimizer steps. A refresh belongs to the step it precedes; the caller leaves that one out."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock when every other callback has begun the step."""
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -27,7 +27,7 @@ from .reference import (
     split_batches,
     split_parts,
     take_in_turn,
-    without_dropout,
+    without_noise,
 )
 from .report import LOG_NAME, PLOT_NAME, append_row, begin_log, plot_log
 from .subspace import assign_groups, orthonormalise_
@@ -54,7 +54,7 @@ class Settings:
     rank: int | None
     scope: str
     method: str
-    batch_size: int
+    batch_size: int | None
     basis_device: str
     basis_dtype: str
     kernel: str
@@ -108,6 +108,8 @@ class OgpsaCallback(TrainerCallback):
         self.loss_of = loss_of
         self.parts = math.ceil((settings.rank or len(sets)) / len(sets))
         self.subspace: Subspace | None = None
+        self.refreshed_at: int | None = None
+        self.repeat_at: int | None = None
         self.reference_losses: dict[str, float] = {}
         self.stats: ProjectionStats | None = None
         self.non_finite_steps: torch.Tensor | None = None
@@ -120,6 +122,7 @@ class OgpsaCallback(TrainerCallback):
     def on_train_begin(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
         """Look up the trainable parameters, say what is on, and start the log."""
         settings = self.settings
+        self.subspace, self.refreshed_at, self.repeat_at = None, None, None
         self.engine = ReplicatedEngine(self.trainer.model, self.trainer.model_wrapped)
         half = all(param.dtype == torch.bfloat16 for param in self.engine.parameters)
         auto = torch.bfloat16 if half else torch.float32
@@ -150,10 +153,20 @@ class OgpsaCallback(TrainerCallback):
         )
 
     def on_step_begin(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):
-        """Refresh the basis every K optimizer steps, starting before the first."""
-        if self.subspace is None or state.global_step % self.settings.update_interval == 0:
-            if self.subspace is None and state.global_step % self.settings.update_interval != 0:
-                logger.info(f"OGPSA recomputes its basis at step {state.global_step}, where training resumes.")
+        """Refresh the basis every K optimizer steps, starting before the first.
+
+        Once more after the first step where some parameter had no reference gradient before it: LoRA's `B` starts at
+        zero, and with it the gradient of every `A`.
+        """
+        step = state.global_step
+        # With an epoch's remainder carried over, the Trainer begins the same step twice, the second time with gradients.
+        if step == self.refreshed_at:
+            return
+
+        due = step % self.settings.update_interval == 0
+        if self.subspace is None and not due:
+            logger.info(f"OGPSA recomputes its basis at step {step}, where training resumes.")
+        if self.subspace is None or due or step == self.repeat_at:
             self.refresh(state)
 
     def refresh(self, state: "TrainerState") -> None:
@@ -171,8 +184,10 @@ class OgpsaCallback(TrainerCallback):
         turn = state.global_step // settings.update_interval
         indices = [take_in_turn(len(ref.samples), settings.refresh_samples, turn) for ref in self.sets]
         num_rows = len(self.sets) * self.parts
+        # Not `per_device_train_batch_size`: `auto_find_batch_size` may have lowered it.
+        batch_size = settings.batch_size or self.trainer._train_batch_size
         num_batches = sum(
-            len(split_batches(part, settings.batch_size, self.engine))
+            len(split_batches(part, batch_size, self.engine))
             for chosen in indices
             for part in split_parts(chosen, self.parts)
         )
@@ -188,13 +203,13 @@ class OgpsaCallback(TrainerCallback):
         with (
             tqdm(total=num_batches, desc="OGPSA refresh", unit="batch", leave=False, disable=quiet) as progress,
             preserve_random_state(self.engine.device),
-            without_dropout(self.trainer.model),
+            without_noise(self.trainer.model),
         ):
             self.reference_losses = reference_gradients(
                 self.sets,
                 indices,
                 self.parts,
-                settings.batch_size,
+                batch_size,
                 self.collate,
                 self.loss_of,
                 self.engine,
@@ -202,11 +217,14 @@ class OgpsaCallback(TrainerCallback):
                 loss_scale=scaler.get_scale() if scaler is not None else 1.0,
                 on_batch=progress.update,
             )
+            if self.refreshed_at is None and any(row.numel() > 0 and not row.any() for row in rows):
+                self.repeat_at = state.global_step + 1
             with torch.no_grad():
                 basis, geometry = orthonormalise_(
                     rows, self.groups, self.num_groups, settings.rank, self.engine.device, self.parts
                 )
         del rows
+        self.refreshed_at = state.global_step
         self.subspace = Subspace(self.engine.names, basis, geometry, self.groups, self.engine.device)
         self.subspace.plan(settings.kernel).warmup([param.dtype for param in self.engine.parameters])
         if state.is_world_process_zero:
@@ -226,8 +244,7 @@ class OgpsaCallback(TrainerCallback):
             return True
         if args.logging_strategy == "steps":
             return step % max(1, int(state.logging_steps)) == 0
-        steps_in_epoch = math.ceil(state.max_steps / max(1, state.num_train_epochs))
-        return args.logging_strategy == "epoch" and step % steps_in_epoch == 0
+        return args.logging_strategy == "epoch" and self.trainer.accelerator.gradient_state.end_of_dataloader
 
     def project(self, max_norm: float | None) -> ProjectionStats:
         """Project the accumulated gradient, in place, and clip it to `max_norm`; the figures are kept for the log."""
@@ -248,15 +265,13 @@ class OgpsaCallback(TrainerCallback):
             return {}
 
         state, stats = self.trainer.state, self.stats
-        row: dict[str, Any] = {"step": state.global_step, "removed": stats.removed, "residual": stats.residual}
-        row["cosine"] = dict(zip([reference.name for reference in self.sets], stats.cosines, strict=True))
+        row: dict[str, Any] = {"step": state.global_step, "removed": None, "residual": None, "cosine": None}
+        if stats.finite:
+            names = [reference.name for reference in self.sets]
+            row |= {"removed": stats.removed, "residual": stats.residual}
+            row["cosine"] = dict(zip(names, stats.cosines, strict=True))
         non_finite = int(self.non_finite_steps.item())
         if non_finite:
-            row = (
-                {"step": state.global_step, "removed": None, "residual": None, "cosine": None}
-                if not stats.finite
-                else row
-            )
             row["non_finite_steps"] = non_finite
             logger.warning(f"OGPSA left {non_finite} gradient(s) as they were: they held inf or NaN.")
         self.stats, self.non_finite_steps = None, None
@@ -271,5 +286,8 @@ class OgpsaCallback(TrainerCallback):
         self.subspace = None
         if self.settings.plot and state.is_world_process_zero:
             path = os.path.join(args.output_dir, PLOT_NAME)
-            if plot_log(self.log_path, path):
-                print("Figure saved at:", path)
+            try:
+                if plot_log(self.log_path, path):
+                    print("Figure saved at:", path)
+            except Exception as err:  # the weights are saved after this: no picture is worth them
+                logger.warning(f"OGPSA could not draw {path}: {err}")

@@ -20,6 +20,9 @@ from .engines.replicated import ReplicatedEngine
 # Each retry divides the loss scale by 2⁴: from fp16's usual 2¹⁶ down to 1.
 _SCALE_RETRIES = 4
 
+# What the attributes that hold the strength of a noise are called.
+_NOISE = ("drop", "jitter", "neftune")
+
 
 @dataclass(frozen=True)
 class ReferenceSet:
@@ -37,8 +40,8 @@ class ReferenceSet:
 class ReferenceLoss(Protocol):
     """The loss of a reference batch, supplied by whoever owns the model."""
 
-    def weigh(self, batch: dict[str, Any], num_samples: int) -> float:
-        """Return what the batch counts for in the average over its set: its tokens or its samples."""
+    def weigh(self, samples: list[dict[str, Any]]) -> float:
+        """Return what samples count for in the average over their set: their tokens or their number."""
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
         """Return the batch's part of the average: `weight / total` times its own mean loss, differentiable."""
@@ -82,22 +85,36 @@ def preserve_random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def without_dropout(model: torch.nn.Module) -> Iterator[None]:
-    """Switch every source of noise in the model off, keeping gradient checkpointing, which only works in training."""
+def without_noise(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model in training mode with every dropout, jitter and NEFTune noise at zero; undone at the end.
+
+    Not evaluation mode: gradient checkpointing works in training mode only, and mixture-of-experts models may route
+    evaluation through code that gives no gradient.
+    """
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    for module, _ in modes:
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = True
+    configs = {id(config): config for module, _ in modes if (config := getattr(module, "config", None)) is not None}
+    saved = []
+    for owner in [module for module, _ in modes] + list(configs.values()):
+        named_dropout = "drop" in type(owner).__name__.lower()
+        for name, value in list(vars(owner).items()):
+            noisy = any(word in name for word in _NOISE) or (name == "p" and named_dropout)
+            if noisy and isinstance(value, float) and value > 0:
+                saved.append((owner, name, value))
     try:
+        model.train()
+        for owner, name, _ in saved:
+            setattr(owner, name, 0.0)
         yield
     finally:
+        for owner, name, value in saved:
+            setattr(owner, name, value)
         for module, training in modes:
             module.training = training
 
 
 def accumulate_reference_gradient(
-    batches: Sequence[tuple[dict[str, Any], int]],
+    batches: Sequence[tuple[list[dict[str, Any]], int]],
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
     loss_of: ReferenceLoss,
     engine: ReplicatedEngine,
     loss_scale: float,
@@ -109,8 +126,9 @@ def accumulate_reference_gradient(
     matters.
 
     Args:
-        batches: this process's collated batches and their numbers of samples, as many in every process: losses may
-            communicate. A batch of 0 samples only keeps the others company; it counts for nothing.
+        batches: this process's batches of samples, and how many samples count in each. There are as many in every
+            process, because losses may communicate; a batch of which 0 count only keeps the others company.
+        collate: the collator, from samples to a batch; called for one batch at a time.
         loss_of: the loss.
         engine: where gradients are accumulated; cleared first.
         loss_scale: the loss is multiplied by it before the backward pass, so that float16 gradients do not vanish, and
@@ -123,14 +141,15 @@ def accumulate_reference_gradient(
 
     Raises:
         FloatingPointError: no batch has a finite loss, or the gradient is not finite at any loss scale.
+        ValueError: the loss reaches no trainable parameter.
     """
-    weights = [loss_of.weigh(batch, count) if count > 0 else 0.0 for batch, count in batches]
+    weights = [loss_of.weigh(samples) if count > 0 else 0.0 for samples, count in batches]
     (total,) = engine.sum_numbers([sum(weights)])
     for attempt in range(_SCALE_RETRIES + 1):
         engine.clear()
         mean_loss, used = 0.0, 0.0
-        for (batch, _), weight in zip(batches, weights, strict=True):
-            loss = loss_of(dict(batch), weight, total)
+        for (samples, _), weight in zip(batches, weights, strict=True):
+            loss = loss_of(collate(samples), weight, total)
             value = loss.item()
             if weight > 0 and math.isfinite(value):
                 (loss * loss_scale).backward()
@@ -143,11 +162,15 @@ def accumulate_reference_gradient(
 
         engine.sum_gradients()
         present = [gradient for gradient in engine.gradients() if gradient is not None and gradient.numel() > 0]
+        if not present:
+            raise ValueError("the reference loss reaches no trainable parameter")
         largest = torch._foreach_norm(present, math.inf)  # unlike the 2-norm it does not overflow
         if torch.stack([value.float() for value in largest]).isfinite().all():
             if loss_scale != 1:
                 torch._foreach_mul_(present, 1 / loss_scale)
             return mean_loss * total / used, used
+        if loss_scale <= 1:
+            break
         loss_scale /= 16
     raise FloatingPointError("the gradient is not finite")
 
@@ -188,12 +211,15 @@ def reference_gradients(
     for position, (reference, chosen) in enumerate(zip(sets, indices, strict=True)):
         part_losses, part_weights = [], []
         for part, part_indices in enumerate(split_parts(chosen, parts)):
-            batches = []
-            for batch_indices, count in split_batches(part_indices, batch_size, engine):
-                batches.append((collate([reference.samples[i] for i in batch_indices]), count))
+            batches = [
+                ([reference.samples[i] for i in batch_indices], count)
+                for batch_indices, count in split_batches(part_indices, batch_size, engine)
+            ]
             try:
                 with engine.reference_pass():
-                    loss, weight = accumulate_reference_gradient(batches, loss_of, engine, loss_scale, on_batch)
+                    loss, weight = accumulate_reference_gradient(
+                        batches, collate, loss_of, engine, loss_scale, on_batch
+                    )
             except FloatingPointError as err:
                 raise FloatingPointError(f"the reference set {reference.name} gives no reference gradient: {err}")
 

@@ -41,10 +41,11 @@ def begin_log(path: str, step: int) -> None:
     A refresh is logged with the step before it, a step after it; what a resumed run repeats is therefore every refresh
     from `step` on and every row beyond it. Written to a temporary name first.
     """
-    rows = [row for row in read_log(path) if row["step"] < step + (0 if row.get("refresh") else 1)]
+    rows = read_log(path) if step > 0 else []
+    rows = [row for row in rows if row["step"] < step + (0 if row.get("refresh") else 1)]
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows if step > 0)
+        f.writelines(json.dumps(row) + "\n" for row in rows)
     os.replace(temporary, path)
 
 
@@ -78,7 +79,9 @@ def plot_log(log_path: str, png_path: str) -> bool:
     left.set(title="removed from the safety gradient", xlabel="step", ylabel="‖g − g̃‖ / ‖g‖  (%)")
     left.set_ylim(bottom=0)
     for name in refreshes[-1]["reference_loss"]:
-        right.plot([row["step"] for row in refreshes], [row["reference_loss"][name] for row in refreshes], label=name)
+        # A resumed run may have been given other sets than the rows before it know.
+        points = [(row["step"], row["reference_loss"][name]) for row in refreshes if name in row["reference_loss"]]
+        right.plot(*zip(*points, strict=True), label=name)
     right.set(title="reference loss", xlabel="step", ylabel="loss")
     right.legend()
     for axes in (left, right):

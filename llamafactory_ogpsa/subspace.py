@@ -119,7 +119,7 @@ def orthonormalise_(
     eigenvalues, eigenvectors = torch.linalg.eigh(cosines)
     eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
 
-    tolerance = max((4 * torch.finfo(rows[0].dtype).eps) ** 2, 1e-10)
+    tolerance = max((4 * max(torch.finfo(row.dtype).eps for row in rows)) ** 2, 1e-10)
     kept = eigenvalues > tolerance * n
     kept[:, rank if rank is not None else n :] = False
     ranks = tuple(kept.sum(1).tolist())
@@ -129,8 +129,7 @@ def orthonormalise_(
 
     weights = ratio(torch.ones_like(roots), roots)[:, :, None] * eigenvectors.mT * inverse_norms[:, None, :]
     _transform_rows_(rows, groups, weights, device)
-    # A rank below n leaves unused rows behind the basis: copied out, so that their memory is given back.
-    basis = [row if r == n else row[:r].clone() for row in rows]
+    basis = [row[:r] for row in rows]
 
     coordinates = (norms[:, :, None] * eigenvectors * roots[:, None, :]).unflatten(1, (-1, parts)).sum(2)
     blocks = gram.unflatten(2, (-1, parts)).unflatten(1, (-1, parts)).diagonal(dim1=1, dim2=3)

@@ -110,6 +110,7 @@ def data_dir(tmp_path_factory):
         info[f"{name}_kto"]["columns"] = KTO_COLUMNS
         info[f"{name}_text"]["columns"] = {"prompt": "text"}
     info["helpful_again"] = info["helpful"]
+    info["helpful_odd"] = {**info["helpful"], "columns": {"prompt": "nowhere"}}
     (path / "dataset_info.json").write_text(json.dumps(info))
     return str(path)
 
@@ -152,6 +153,22 @@ def site_without_plugin(tmp_path_factory):
         [sys.executable, "-S", "-c", look], env={**os.environ, "PYTHONPATH": str(site)}, cwd=site, check=True
     )
     return str(site)
+
+
+@pytest.fixture
+def cpu_scaler(monkeypatch):
+    """Let fp16 runs have a gradient scaler, which accelerate makes on accelerators only."""
+    from accelerate import Accelerator
+
+    prepare = Accelerator.prepare
+
+    def prepare_with_scaler(self, *args, **kwargs):
+        if self.mixed_precision == "fp16":
+            self.native_amp = True
+            self.scaler = self.scaler or torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        return prepare(self, *args, **kwargs)
+
+    monkeypatch.setattr(Accelerator, "prepare", prepare_with_scaler)
 
 
 OGPSA = {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful,truthful", "ogpsa_update_interval": 2}

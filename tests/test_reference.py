@@ -1,6 +1,7 @@
 """Reference gradients: weights, parts, turns, faults, and what a pass leaves behind."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from llamafactory_ogpsa.reference import (
     reference_gradients,
     split_parts,
     take_in_turn,
-    without_dropout,
+    without_noise,
 )
 
 
@@ -25,8 +26,8 @@ class Loss:
     def __init__(self, model):
         self.model = model
 
-    def weigh(self, batch, num_samples):
-        return float(batch["tokens"].sum())
+    def weigh(self, samples):
+        return float(sum(sample["tokens"] for sample in samples))
 
     def __call__(self, batch, weight, total):
         errors = (self.model(batch["x"]) - batch["y"]).square().sum(-1)
@@ -152,13 +153,50 @@ def test_the_random_state_is_preserved():
     assert draw() == expected
 
 
-def test_noise_is_off_but_checkpointing_stays_on():
-    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Sequential(torch.nn.Dropout(0.5)))
-    model[1].gradient_checkpointing = True
-    model.train()
-    model[0].eval()
-    with without_dropout(model):
-        assert [module.training for module in model.modules()] == [False, False, True, False]
-        x = torch.ones(100)
-        assert torch.equal(model(x), x)
-    assert [module.training for module in model.modules()] == [True, False, True, True]
+def test_noise_is_off_and_everything_else_trains():
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = SimpleNamespace(attention_dropout=0.5, hidden_size=4.0)
+            self.dropout, self.drop_last, self.p = 0.5, True, 0.3
+            self.inner = torch.nn.Dropout(0.5)
+
+        def forward(self, x):
+            assert self.training
+            x = torch.nn.functional.dropout(x, self.dropout, training=self.training)
+            return self.inner(torch.nn.functional.dropout(x, self.config.attention_dropout, training=self.training))
+
+    model = torch.nn.Sequential(Layer(), torch.nn.Embedding(3, 4)).eval()
+    model[1].neftune_noise_alpha = 5.0
+    with without_noise(model):
+        assert torch.equal(model[0](torch.ones(100)), torch.ones(100))
+        assert model[1].neftune_noise_alpha == 0
+        assert (model[0].p, model[0].config.hidden_size) == (0.3, 4.0)
+    assert not any(module.training for module in model.modules())
+    assert (model[0].dropout, model[0].inner.p, model[0].config.attention_dropout) == (0.5, 0.5, 0.5)
+    assert model[1].neftune_noise_alpha == 5.0
+
+
+def test_a_loss_that_reaches_no_parameter_is_an_error(model):
+    class Detached(Loss):
+        def __call__(self, batch, weight, total):
+            return torch.ones((), requires_grad=True) * 1.0
+
+    with pytest.raises(ValueError, match="reaches no trainable parameter"):
+        run(model, [make_set("a", 3, 1)], loss=Detached(model))
+
+
+def test_a_gradient_that_is_not_finite_is_not_tried_again_without_a_loss_scale(model):
+    class Broken(Loss):
+        calls = 0
+
+        def __call__(self, batch, weight, total):
+            self.calls += 1
+            loss = super().__call__(batch, weight, total)
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+            return loss
+
+    loss = Broken(model)
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        run(model, [make_set("a", 3, 1)], loss=loss)
+    assert loss.calls == 1

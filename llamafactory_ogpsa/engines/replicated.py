@@ -35,6 +35,7 @@ class ReplicatedEngine:
             raise ValueError("the model has no trainable parameter")
         self.names = [name for name, _ in trainable]
         self.parameters = [param for _, param in trainable]
+        wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         self.rank = dist.get_rank() if self._ddp is not None else 0
         self.world_size = dist.get_world_size() if self._ddp is not None else 1

@@ -176,6 +176,11 @@ def resolve(arguments: Any) -> None:
             f"`ogpsa_rank` is {arguments.ogpsa_rank or len(names)}; allowed: at most {most} "
             f"(the samples of a refresh, and never more than {MAX_RANK})."
         )
+    if arguments.ogpsa_method == "conflict" and (arguments.ogpsa_rank or len(names)) % len(names) != 0:
+        raise ValueError(
+            f"`ogpsa_rank` is {arguments.ogpsa_rank}, which does not hold the gradients of all {len(names)} sets, as "
+            f"`ogpsa_method: conflict` needs; allowed with it: multiples of {len(names)}."
+        )
     if arguments.ogpsa_loss == "sft" and arguments.stage not in ("sft", "dpo", "kto"):
         raise ValueError(f"`ogpsa_loss` is 'sft', which stage {arguments.stage} has no use for; allowed there: stage.")
 
@@ -282,6 +287,8 @@ def extend(stock: type) -> type:
             arguments = super().to_dict()
             return arguments if self.ogpsa_enabled else {k: v for k, v in arguments.items() if k not in OPTIONS}
 
-    FinetuningArguments.__qualname__ = stock.__qualname__
+    # Under the name by which pickle looks it up.
+    globals()[stock.__name__] = FinetuningArguments
+    FinetuningArguments.__qualname__ = stock.__name__
     FinetuningArguments.__doc__ = stock.__doc__
     return FinetuningArguments

@@ -25,12 +25,17 @@ def reference_data_args(data_args: Any, name: str, num_samples: int) -> Any:
     return arguments
 
 
-def is_usable(sample: dict[str, Any]) -> bool:
-    """Tell whether a tokenised sample has a token that the loss sees (all of them may be cut off by cutoff_len)."""
+def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int:
+    """Return how many tokens of a tokenised sample the loss sees: labels are shifted by one, and may be all masked.
+
+    Args:
+        sample: the sample; of a pair the chosen answer counts, of text without labels what is not padding.
+        pad_token_id: the padding's id.
+    """
     for key in ("labels", "chosen_labels"):
         if key in sample:
-            return any(label != -100 for label in sample[key][1:])
-    return len(sample["input_ids"]) > 1
+            return sum(label != -100 for label in sample[key][1:])
+    return sum(token != pad_token_id for token in sample["input_ids"][1:])
 
 
 def load_reference_sets(
@@ -67,22 +72,25 @@ def load_reference_sets(
     sets = []
     for name in finetuning_args.ogpsa_dataset:
         arguments = reference_data_args(data_args, name, finetuning_args.ogpsa_num_samples)
-        no_samples = ValueError(
+        no_sample = ValueError(
             f"`ogpsa_dataset` has {name!r}, none of whose first {finetuning_args.ogpsa_num_samples} records gives a "
             f"token to learn at cutoff_len {data_args.cutoff_len}; allowed: a set with at least one usable record."
         )
         with preserve_random_state(torch.device("cpu")):
             try:
                 module = get_dataset(template, model_args, arguments, training_args, data_stage, tokenizer, processor)
-            except (RuntimeError, StopIteration, KeyError) as err:
-                raise no_samples from err
+            except Exception as err:
+                if isinstance(err, StopIteration) or str(err).startswith("Cannot find"):
+                    raise no_sample from err
+                raise ValueError(
+                    f"`ogpsa_dataset` has {name!r}, which cannot be read ({type(err).__name__}: {err}); allowed: a set "
+                    "that LLaMA-Factory can load as dataset_info.json describes it."
+                ) from err
 
         samples = module.get("train_dataset")
-        if samples is None:
-            raise no_samples
-        usable = [i for i, sample in enumerate(samples) if is_usable(sample)]
+        usable = [i for i, sample in enumerate(samples or []) if count_tokens(sample) > 0]
         if not usable:
-            raise no_samples
+            raise no_sample
         sets.append(ReferenceSet(name, samples.select(usable)))
 
     needed = finetuning_args.ogpsa_rank or len(sets)

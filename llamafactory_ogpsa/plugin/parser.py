@@ -57,9 +57,10 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     if getattr(model_args, "use_kt", False):
         raise ValueError("`use_kt` is True: OGPSA does not support the KTransformers backend; allowed: False.")
 
-    if training_args.optim in ("lomo", "adalomo"):
+    optim = str(getattr(training_args.optim, "value", training_args.optim))
+    if "lomo" in optim or "layerwise" in optim:
         raise ValueError(
-            f"`optim` is {str(training_args.optim.value)!r}, which steps inside the backward pass, where OGPSA has no "
+            f"`optim` is {optim!r}, which steps inside the backward pass, where OGPSA has no "
             "gradient to project; allowed: any other optimizer."
         )
     if training_args.deepspeed or os.getenv("ACCELERATE_USE_DEEPSPEED") == "true":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..callback import OgpsaCallback, Settings
+from .datasets import count_tokens
 
 
 def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: dict[str, Any]) -> type:
@@ -30,11 +31,10 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
     class OgpsaTrainer(trainer_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            loss_of = (
-                SftLoss(self) if finetuning_args.ogpsa_loss == "sft" and stage != "sft" else StageLoss(self, stage)
-            )
-            collate = self.data_collator if isinstance(loss_of, StageLoss) else sft_collator(self, loaded)
-            self.ogpsa = OgpsaCallback(self, settings_of(finetuning_args, self.args), loaded["sets"], collate, loss_of)
+            collate, loss_of = self.data_collator, StageLoss(self, stage)
+            if finetuning_args.ogpsa_loss == "sft" and stage != "sft":
+                collate, loss_of = sft_collator(self, loaded), SftLoss(self)
+            self.ogpsa = OgpsaCallback(self, settings_of(finetuning_args), loaded["sets"], collate, loss_of)
             self.add_callback(self.ogpsa)
 
         def training_step(self, *args, **kwargs):
@@ -45,6 +45,12 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
                 else:
                     project_and_clip(self)
             return loss
+
+        def train(self, *args, **kwargs):
+            try:
+                return super().train(*args, **kwargs)
+            finally:
+                vars(self.accelerator).pop("clip_grad_norm_", None)
 
         def log(self, logs, *args, **kwargs):
             if "loss" in logs:
@@ -59,23 +65,27 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
 def project_and_clip(trainer: Any) -> None:
     """Project and clip the accumulated gradient in one pass, in the place of the accelerator's own clipping.
 
-    The accelerator's `clip_grad_norm_` then only hands the Trainer the norm of the projected gradient.
+    The accelerator's next `clip_grad_norm_` then only hands the Trainer the norm of the projected gradient.
     """
     trainer.accelerator.unscale_gradients()
     max_norm = trainer.args.max_grad_norm
     stats = trainer.ogpsa.project(max_norm if max_norm is not None and max_norm > 0 else None)
-    trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: stats.norm_tensor
+
+    def hand_norm(parameters, max_norm, norm_type=2):
+        return stats.norm_tensor
+
+    trainer.accelerator.clip_grad_norm_ = hand_norm
 
 
-def settings_of(finetuning_args: Any, training_args: Any) -> Settings:
-    """Collect the options of a run, with the defaults that other options give."""
+def settings_of(finetuning_args: Any) -> Settings:
+    """Collect the options of a run."""
     return Settings(
         refresh_samples=finetuning_args.ogpsa_refresh_samples,
         update_interval=finetuning_args.ogpsa_update_interval,
         rank=finetuning_args.ogpsa_rank,
         scope=finetuning_args.ogpsa_scope,
         method=finetuning_args.ogpsa_method,
-        batch_size=finetuning_args.ogpsa_batch_size or training_args.per_device_train_batch_size,
+        batch_size=finetuning_args.ogpsa_batch_size,
         basis_device=finetuning_args.ogpsa_basis_device,
         basis_dtype=finetuning_args.ogpsa_basis_dtype,
         kernel=finetuning_args.ogpsa_kernel,
@@ -97,29 +107,6 @@ def sft_collator(trainer: Any, loaded: dict[str, Any]) -> Callable[[list[dict[st
     )
 
 
-def count_tokens(batch: dict[str, Any]) -> float:
-    """Return how many tokens of a batch the causal language-modelling loss sees (labels are shifted by one)."""
-    return float(batch["labels"][..., 1:].ne(-100).sum())
-
-
-class SftLoss:
-    """The plain causal language-modelling loss, averaged over tokens, for a trainer whose own loss is another."""
-
-    def __init__(self, trainer: Any) -> None:
-        """Bind the loss to a trainer."""
-        self.trainer = trainer
-
-    def weigh(self, batch: dict[str, Any], num_samples: int) -> float:
-        """Return the number of tokens that the loss sees."""
-        return count_tokens(batch)
-
-    def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
-        """Return the batch's part of the mean over `total` tokens."""
-        inputs = self.trainer._prepare_inputs(batch)
-        with self.trainer.compute_loss_context_manager():
-            return self.trainer.model_wrapped(**inputs, use_cache=False).loss * (weight / total)
-
-
 class StageLoss:
     """The loss that the trainer itself minimises."""
 
@@ -132,26 +119,36 @@ class StageLoss:
         """
         self.trainer = trainer
         self.by_tokens = stage in ("pt", "sft")
-        # Only then does `compute_loss` divide by `num_items_in_batch` itself; else it returns the batch's mean.
-        custom = trainer.compute_loss_func is not None and not trainer.finetuning_args.use_asft_loss
-        plain = trainer.model_accepts_loss_kwargs and trainer.label_smoother is None
-        self.normalises = self.by_tokens and (custom or (plain and trainer.compute_loss_func is None))
 
-    def weigh(self, batch: dict[str, Any], num_samples: int) -> float:
+    def weigh(self, samples: list[dict[str, Any]]) -> float:
         """Return the number of tokens that the loss sees, or of samples."""
-        return count_tokens(batch) if self.by_tokens else float(num_samples)
+        if not self.by_tokens:
+            return float(len(samples))
+        return float(sum(count_tokens(sample, self.trainer.processing_class.pad_token_id) for sample in samples))
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
-        """Return the batch's part of the mean over `total` tokens or samples; the trainer's metrics stay as they are."""
+        """Return the batch's part of the mean over `total` tokens or samples; the trainer's metrics stay as they are.
+
+        Without `num_items_in_batch`, which belongs to a training step, `compute_loss` returns the mean of the batch.
+        """
         trainer = self.trainer
         inputs = trainer._prepare_inputs(batch)
         with preserve_metrics(trainer), trainer.compute_loss_context_manager():
-            if self.normalises:
-                items = torch.tensor(total, device=trainer.args.device)
-                loss = trainer.compute_loss(trainer.model_wrapped, inputs, num_items_in_batch=items)
-                # The Trainer multiplies by this where DistributedDataParallel will average; here gradients are summed.
-                return loss / (trainer.accelerator.num_processes if trainer.args.average_tokens_across_devices else 1)
             return trainer.compute_loss(trainer.model_wrapped, inputs) * (weight / total)
+
+
+class SftLoss(StageLoss):
+    """The plain causal language-modelling loss, for a trainer whose own loss is another (`ogpsa_loss: sft`)."""
+
+    def __init__(self, trainer: Any) -> None:
+        """Bind the loss to a trainer."""
+        super().__init__(trainer, "sft")
+
+    def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
+        """Return the batch's part of the mean over `total` tokens."""
+        inputs = self.trainer._prepare_inputs(batch)
+        with self.trainer.compute_loss_context_manager():
+            return self.trainer.model_wrapped(**inputs, use_cache=False).loss * (weight / total)
 
 
 @contextmanager

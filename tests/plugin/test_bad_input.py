@@ -51,7 +51,10 @@ CASES = [
     ({"use_galore": True, "galore_layerwise": True}, "`galore_layerwise` is True, which OGPSA does not support"),
     ({"use_apollo": True, "apollo_layerwise": True}, "`apollo_layerwise` is True, which OGPSA does not support"),
     ({"use_hyper_parallel": True}, "`use_hyper_parallel` is True, which OGPSA does not support"),
-    ({"optim": "lomo"}, "`optim` is 'lomo'"),
+    ({"optim": "lomo"}, "`optim` is 'lomo', which steps inside the backward pass"),
+    ({"optim": "galore_adamw_layerwise"}, "`optim` is 'galore_adamw_layerwise', which steps inside the backward pass"),
+    ({"ogpsa_method": "conflict", "ogpsa_rank": 3}, "`ogpsa_rank` is 3.*`ogpsa_method: conflict`.*multiples of 2"),
+    ({"ogpsa_dataset": "helpful_odd"}, "'helpful_odd', which cannot be read .KeyError: 'nowhere'.; allowed"),
     ({"dataset_dir": "nowhere"}, "`dataset_dir` is 'nowhere'; allowed: a folder with a dataset_info.json"),
     ({"cutoff_len": 1}, "'helpful', none of whose first 200 records gives a token to learn at cutoff_len 1"),
 ]

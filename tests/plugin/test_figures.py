@@ -1,9 +1,10 @@
 """What a run tells: the log, the trackers, the plot, the line at the start, the progress bar."""
 
 import json
+import shutil
 
 import pytest
-from conftest import OGPSA, cli, read_rows, run_cli, run_here
+from conftest import OGPSA, cli, load_weights, read_rows, run_cli, run_here
 
 from llamafactory_ogpsa.plugin.arguments import OPTIONS
 from llamafactory_ogpsa.report import append_row, begin_log, plot_log, read_log
@@ -70,11 +71,36 @@ def test_the_reference_sets_are_tokenised_once(base_args, monkeypatch):
     assert names == ["safety", "helpful", "truthful"]
 
 
-def test_only_the_first_samples_are_used(base_args):
-    run_here({**base_args, **OGPSA, "ogpsa_num_samples": 3, "max_steps": 1})
-    few = read_rows(base_args["output_dir"])[1][0]["reference_loss"]
-    run_here({**base_args, **OGPSA, "max_steps": 1, "output_dir": base_args["output_dir"] + "2"})
-    assert few != read_rows(base_args["output_dir"] + "2")[1][0]["reference_loss"]
+def test_only_the_first_samples_are_used(base_args, data_dir, tmp_path):
+    shutil.copytree(data_dir, tmp_path / "data")
+    path = tmp_path / "data" / "helpful.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[:3]))
+    losses = []
+    for change in ({"ogpsa_num_samples": 3}, {"dataset_dir": str(tmp_path / "data")}, {}):
+        args = {**base_args, **OGPSA, "ogpsa_dataset": "helpful", "max_steps": 1, **change}
+        args["output_dir"] = f"{base_args['output_dir']}-{len(losses)}"
+        run_here(args)
+        losses.append(read_rows(args["output_dir"])[1][0]["reference_loss"]["helpful"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_epoch_logging_measures_every_logged_step(base_args):
+    args = {**base_args, **OGPSA, "logging_strategy": "epoch", "max_steps": 8}
+    run_here(args)
+    steps, _ = read_rows(args["output_dir"])
+    assert [row["step"] for row in steps] == [6, 8]
+    assert all(row["residual"] is not None for row in steps)
+
+
+def test_a_plot_that_fails_does_not_cost_the_weights(base_args, monkeypatch):
+    from llamafactory_ogpsa import callback
+
+    def plot_log(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(callback, "plot_log", plot_log)
+    run_here({**base_args, **OGPSA, "plot_loss": True})
+    assert load_weights(base_args["output_dir"])
 
 
 def test_equal_sets_give_rank_one_and_the_batch_size_does_not_matter(base_args):

@@ -1,11 +1,12 @@
 """What must not change: stock runs, and runs that only monitor, to the last bit."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import OGPSA, load_weights, run_cli, run_here
+from conftest import OGPSA, load_weights, read_rows, run_cli, run_here
 
 
 PAIRS = {"dataset": "safety_pairs", "ogpsa_dataset": "helpful_pairs,truthful_pairs"}
@@ -24,6 +25,13 @@ RUNS = {
     },
     "bf16": {"bf16": True},
     "fp16 with its scaler": {"fp16": True, "max_grad_norm": 0.05},
+    # The Trainer carries the gradients of an epoch's remainder over, and begins their step twice.
+    "streaming remainder": {
+        "streaming": True,
+        "max_steps": 5,
+        "gradient_accumulation_steps": 4,
+        "dataloader_num_workers": 1,
+    },
     "dpo": {"stage": "ogpsa_dpo", **PAIRS},
     "bco": {"stage": "ogpsa_dpo", "pref_bco_weight": 0.5, **PAIRS},
 }
@@ -51,6 +59,7 @@ def logged(output_dir):
 
 
 @pytest.mark.parametrize("name", RUNS)
+@pytest.mark.usefixtures("cpu_scaler")
 def test_monitor_is_bit_identical_to_stock(base_args, tmp_path, name):
     args = {**base_args, **OGPSA, **RUNS[name], "ogpsa_method": "monitor", "output_dir": str(tmp_path / "monitor")}
     stock = {**stock_of(args), "output_dir": str(tmp_path / "stock")}
@@ -93,6 +102,30 @@ def test_a_refresh_leaves_the_random_state_alone(base_args, tmp_path):
         run_here(args)
         losses.append([row["loss"] for row in logged(args["output_dir"]) if "loss" in row])
     assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(base_args, tmp_path):
+    whole = {**base_args, **OGPSA, "max_steps": 6, "plot_loss": True, "output_dir": str(tmp_path / "whole")}
+    run_here(whole)
+    cut = {**whole, "save_strategy": "steps", "save_steps": 4, "output_dir": str(tmp_path / "cut")}
+    run_here(cut)
+    for path in (tmp_path / "cut").glob("model*.safetensors"):
+        path.unlink()
+    with open(tmp_path / "cut" / "ogpsa_log.jsonl", "a") as f:
+        f.write('{"step": 7, "rem')
+    run_here({**cut, "resume_from_checkpoint": str(tmp_path / "cut" / "checkpoint-4")})
+    assert_same_weights(whole["output_dir"], cut["output_dir"])
+    expected, resumed = read_rows(whole["output_dir"]), read_rows(cut["output_dir"])
+    assert resumed[0] == expected[0]
+    assert [row["step"] for row in resumed[1]] == [row["step"] for row in expected[1]] == [0, 2, 4]
+
+
+def test_the_extended_arguments_can_be_pickled_like_the_stock_ones():
+    from llamafactory.hparams import parser
+
+    extended = next(item for item in parser._TRAIN_ARGS if item.__name__ == "FinetuningArguments")
+    arguments = extended(stage="ogpsa_sft", ogpsa_dataset="a,b")
+    assert pickle.loads(pickle.dumps(arguments)).to_dict() == arguments.to_dict()
 
 
 def test_trackers_are_told_the_same_of_a_stock_run():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import OGPSA, load_weights, make_model_dir, read_rows, run_here
+from transformers import TrainerCallback
 
 
 PAIRS = {"dataset": "safety_pairs", "ogpsa_dataset": "helpful_pairs,truthful_pairs"}
@@ -22,8 +23,6 @@ VARIANTS = {
     "accumulation": {"gradient_accumulation_steps": 2},
     "no checkpointing": {"disable_gradient_checkpointing": True},
     "bf16": {"bf16": True},
-    "fp16": {"fp16": True},
-    "fp16 accumulation": {"fp16": True, "gradient_accumulation_steps": 2},
     "max_grad_norm 0": {"max_grad_norm": 0.0},
     "packing": {"packing": True},
     "neat_packing": {"neat_packing": True, "flash_attn": "sdpa"},
@@ -91,12 +90,43 @@ def test_variant_trains_and_projects(base_args, name):
     for row in refreshes:
         assert set(row["reference_loss"]) == set(args["ogpsa_dataset"].split(","))
         assert all(math.isfinite(loss) for loss in row["reference_loss"].values())
-    half = (args.get("bf16") or args.get("fp16")) and args["finetuning_type"] == "full" or "ogpsa_basis_dtype" in args
+    half = args.get("bf16") and args["finetuning_type"] == "full" or "ogpsa_basis_dtype" in args
     for row in steps:
         assert 0 < row["removed"] <= 1 or args.get("ogpsa_method") == "conflict"
         # A policy that keeps what helps leaves it in the subspace; else what is left is rounding.
         assert args.get("ogpsa_method") == "conflict" or row["residual"] <= (2e-3 if half else 1e-5)
     assert load_weights(args["output_dir"])
+
+
+@pytest.mark.usefixtures("cpu_scaler")
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.05])
+def test_fp16_with_its_scaler(base_args, max_grad_norm):
+    scales = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            scales.append(optimizer.scaler.get_scale())
+
+    args = {**base_args, **OGPSA, "optim": "sgd", "fp16": True, "max_grad_norm": max_grad_norm}
+    args |= {"gradient_accumulation_steps": 2, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    run_here(args, callbacks=[Watch()])
+    plain = {**args, "fp16": False, "output_dir": args["output_dir"] + "-fp32"}
+    run_here(plain)
+    assert scales == [1024.0] * 3
+    for row, other in zip(read_rows(args["output_dir"])[0], read_rows(plain["output_dir"])[0], strict=True):
+        assert row["residual"] <= 1e-5
+        assert row["removed"] == pytest.approx(other["removed"], rel=0.05)
+    initial, weights, expected = map(
+        load_weights, (args["model_name_or_path"], args["output_dir"], plain["output_dir"])
+    )
+    error = sum((weights[name] - expected[name]).square().sum() for name in weights) ** 0.5
+    assert error / sum((expected[name] - initial[name]).square().sum() for name in weights) ** 0.5 < 0.05
+
+
+def test_lora_is_refreshed_once_more_when_its_a_has_a_gradient(base_args):
+    args = {**base_args, **OGPSA, "finetuning_type": "lora", "ogpsa_update_interval": 100}
+    run_here(args)
+    assert [row["step"] for row in read_rows(args["output_dir"])[1]] == [0, 1]
 
 
 def test_tied_and_frozen_parameters(base_args, tmp_path):
