@@ -1,0 +1,253 @@
+"""Show the alignment tax and OGPSA's answer to it, on a laptop, by stock `llamafactory-cli train` alone.
+
+Trains a tiny base model (kept for the next time), tunes it for safety naively and with OGPSA, goes on with OGPSA DPO,
+scores what the saved checkpoints generate on held-out prompts, prints the table, and leaves in `outputs/demo/` the
+picture `demo.png`, the figures `results.json` and the log of every run.
+
+    python scripts/demo.py
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+import make_data
+import make_tiny_model
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from score import load_checkpoint, score_checkpoint, score_tables
+from transformers.utils import logging
+
+
+ROOT = Path(__file__).resolve().parents[1]
+YAML_DIR = ROOT / "examples" / "yaml"
+TINY_DIR = ROOT / "outputs" / "tiny"
+DEMO_DIR = ROOT / "outputs" / "demo"
+KEY_FILE = TINY_DIR / "base" / "demo_key.txt"
+RUNS = {"naive SFT": "naive_sft", "OGPSA SFT": "ogpsa_sft", "OGPSA SFT → DPO": "ogpsa_dpo"}
+REFERENCE_SETS = ("general_helpful", "general_truthful")
+
+# The training bar; bars that count something else begin with what they count.
+STEP_BAR = re.compile(rb"^\s*\d+%\|[^|]*\| (\d+)/(\d+) \[")
+
+console = Console()
+
+
+def base_key():
+    """Hash everything that the base model depends on."""
+    digest = hashlib.sha256()
+    files = [*sorted((ROOT / "data").glob("*.json")), YAML_DIR / "tiny_base.yaml", Path(make_tiny_model.__file__)]
+    for path in files:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def write_whole(path, text):
+    """Write a file under a temporary name first, so that it is never seen half written."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def train(title, name):
+    """Run `llamafactory-cli train` on one of the tiny YAMLs, its progress in one line, its output in a log.
+
+    Args:
+        title: What to call the run.
+        name: The YAML's name without `tiny_` and the extension.
+
+    Returns:
+        Seconds it took.
+
+    Raises:
+        SystemExit: If the run fails; the end of its output is printed first.
+    """
+    start = time.time()
+    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", f"examples/yaml/tiny_{name}.yaml"]
+    environment = dict(os.environ)
+    # More threads than this slow so small a model down, and more than one GPU would change the batch.
+    environment.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    last_lines = deque(maxlen=60)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+    )
+    with (
+        open(DEMO_DIR / f"{name}.log", "wb") as log,
+        Progress(*columns, TimeElapsedColumn(), console=console) as progress,
+        subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process,
+    ):
+        bar = progress.add_task(f"{title:<16}", total=0)
+        rest = b""
+        while chunk := process.stdout.read1(65536):
+            log.write(chunk)
+            *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+            for line in lines:
+                if match := STEP_BAR.match(line):
+                    progress.update(bar, completed=int(match[1]), total=int(match[2]))
+                elif line.strip():
+                    last_lines.append(line.decode(errors="replace"))
+    if process.returncode:
+        console.print("\n".join(last_lines), markup=False, highlight=False)
+        command_line = " ".join(["llamafactory-cli", *command[1:]])
+        sys.exit(f"`{command_line}` failed with exit status {process.returncode}; its output is in {log.name}")
+    return time.time() - start
+
+
+def train_base():
+    """Train the base model, unless the one there was made from the same data, YAML and script.
+
+    Returns:
+        Seconds it took, 0 where it was there already.
+    """
+    key = base_key()
+    if KEY_FILE.is_file() and KEY_FILE.read_text(encoding="utf-8") == key:
+        console.print("base model: already trained from these data, kept in outputs/tiny/base")
+        return 0.0
+    KEY_FILE.unlink(missing_ok=True)
+    make_tiny_model.main([str(TINY_DIR / "init")])
+    seconds = train("base", "base")
+    write_whole(KEY_FILE, key)  # last: a base without its key was not finished and is trained anew
+    return seconds
+
+
+@torch.inference_mode()
+def reference_loss(folder, dataset, count=200):
+    """Mean loss per answer token on a reference set, as OGPSA logs it while it trains.
+
+    Args:
+        folder: Folder of the checkpoint.
+        dataset: Name of the set.
+        count: Records used, the first ones.
+
+    Returns:
+        The loss.
+    """
+    model, tokenizer = load_checkpoint(folder)
+    total, tokens = 0.0, 0
+    for rec in json.loads((ROOT / "data" / f"{dataset}.json").read_text())[:count]:
+        turn = [{"role": "user", "content": rec["instruction"]}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        prompt, answer = (
+            tokenizer(part, add_special_tokens=False).input_ids for part in (text, rec["output"] + tokenizer.eos_token)
+        )
+        ids = torch.tensor([prompt + answer], device=model.device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        tokens += len(answer)
+    return total / tokens
+
+
+def read_ogpsa_log(name):
+    """Read what an OGPSA run logged.
+
+    Args:
+        name: Folder of the run.
+
+    Returns:
+        Rows of the steps and rows of the refreshes.
+    """
+    rows = [json.loads(line) for line in (TINY_DIR / name / "ogpsa_log.jsonl").read_text().splitlines()]
+    return [row for row in rows if not row.get("refresh")], [row for row in rows if row.get("refresh")]
+
+
+def draw(results, path):
+    """Draw the scores, what was removed from the safety gradient, and the reference losses.
+
+    Args:
+        results: What `main` collected.
+        path: The PNG to write.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    blue, green, orange, grey = "#2b6cb0", "#2f855a", "#dd6b20", "#4a5568"
+    plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
+    figure = plt.figure(figsize=(14, 4.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.75, 1, 1])
+
+    bars = (("general", "general ability ↑", blue), ("refusal", "refuses harmful ↑", green))
+    bars = (*bars, ("over_refusal", "refuses benign ↓", orange))
+    names = list(results["scores"])
+    for shift, (key, label, color) in zip((-0.27, 0.0, 0.27), bars, strict=True):
+        heights = [100 * results["scores"][name][key] for name in names]
+        positions = [index + shift for index in range(len(names))]
+        left.bar(positions, heights, width=0.25, color=color, label=label)
+        for x, height in zip(positions, heights, strict=True):
+            left.text(x, height + 1.5, f"{height:.0f}" if height in (0, 100) else f"{height:.1f}", ha="center", size=9)
+    left.set_xticks(range(len(names)), [name.replace(" → ", "\n→ ") for name in names])
+    left.set(ylim=(0, 109), ylabel="% of held-out prompts")
+    left.set_title("What the saved checkpoints answer", loc="left", size=11, weight="bold", pad=28)
+    legend = left.legend(ncols=3, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.99), columnspacing=1.2)
+    legend.set_in_layout(False)  # it lies in the title's padding and must not narrow the bars
+
+    for name, label, color in (("ogpsa_sft", "SFT", blue), ("ogpsa_dpo", "DPO", grey)):
+        steps, _ = read_ogpsa_log(name)
+        removed = [100 * row["removed"] for row in steps]
+        middle.plot([row["step"] for row in steps], removed, color=color, label=label, linewidth=2)
+    middle.set(ylim=(0, 100), xlabel="step", ylabel="% of the gradient's norm")
+    middle.set_title("Removed from the safety gradient", loc="left", size=11, weight="bold", pad=28)
+    middle.legend(frameon=False, loc="lower right")
+
+    _, refreshes = read_ogpsa_log("ogpsa_sft")
+    for name, color in zip(REFERENCE_SETS, (blue, green), strict=True):
+        losses = [row["reference_loss"][name] for row in refreshes]
+        right.plot([row["step"] for row in refreshes], losses, color=color, linewidth=2, label=name)
+        end = results["naive_reference_loss"][name]
+        right.plot(refreshes[-1]["step"], end, marker="X", markersize=9, color=color, linestyle="none", clip_on=False)
+    right.plot([], [], marker="X", markersize=8, color=grey, linestyle="none", label="where naive SFT ends")
+    right.set(yscale="log", xlabel="step", ylabel="loss per answer token")
+    right.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter(NullFormatter())
+    right.set_title("Reference losses during OGPSA SFT", loc="left", size=11, weight="bold", pad=28)
+    right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.62))
+    partial = path.with_name("partial-" + path.name)
+    figure.savefig(partial, dpi=150)
+    partial.replace(path)
+    plt.close(figure)
+
+
+def main():
+    """Run the demonstration."""
+    start = time.time()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    DEMO_DIR.mkdir(parents=True, exist_ok=True)
+    if make_data.main(["--check"]):
+        sys.exit("data/ is not what scripts/make_data.py writes; run it to restore the data sets")
+
+    seconds = {"base": train_base()}
+    for title, name in RUNS.items():
+        seconds[title] = train(title, name)
+
+    console.print("scoring what the saved checkpoints generate on held-out prompts")
+    folders = {"base": TINY_DIR / "base", **{title: TINY_DIR / name for title, name in RUNS.items()}}
+    results = {
+        "scores": {title: score_checkpoint(folder) for title, folder in folders.items()},
+        "naive_reference_loss": {name: reference_loss(TINY_DIR / "naive_sft", name) for name in REFERENCE_SETS},
+        "train_seconds": {title: round(value, 1) for title, value in seconds.items()},
+    }
+    draw(results, DEMO_DIR / "demo.png")
+    results["seconds"] = round(time.time() - start, 1)
+    write_whole(DEMO_DIR / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    console.print(*score_tables(results["scores"]))
+    console.print(f"{results['seconds']:.0f} s in all; picture and figures: outputs/demo/demo.png, results.json")
+
+
+if __name__ == "__main__":
+    main()
