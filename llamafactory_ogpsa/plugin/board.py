@@ -1,0 +1,253 @@
+"""The seam `llamafactory.webui.interface`: OGPSA's stages, options and figures in LlamaBoard.
+
+LlamaBoard is built by its own functions. While they build it, the Train tab gets one accordion more, whose elements
+count as inputs of everything that reads or restores the options; the runner of that one LlamaBoard then knows what
+to do with them. Where anything is not as expected, LlamaBoard is built once more without OGPSA, and the terminal says
+so.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
+from llamafactory.webui.common import get_save_dir
+from llamafactory.webui.locales import LOCALES as STOCK_LOCALES
+from llamafactory.webui.runner import Runner
+
+from .arguments import PREFIX, STAGES
+from .board_locales import LOCALES, add_locales
+from .board_plot import show_figure, show_refresh
+from .board_tab import SUFFIX, connect, create_ogpsa_tab, find_error, is_ogpsa, options_of, stock_stage
+
+
+if TYPE_CHECKING:
+    from gradio.components import Component
+    from llamafactory.webui.engine import Engine
+
+
+# The methods of LlamaBoard's runner that are wrapped, with their parameters.
+_RUNNER = {
+    "_initialize": ["self", "data", "do_train", "from_preview"],
+    "_parse_train_args": ["self", "data"],
+    "_build_config_dict": ["self", "data"],
+    "monitor": ["self"],
+}
+
+# The elements of the Train tab that OGPSA reads, listens to or writes to.
+_ELEMENTS = {
+    "training_stage",
+    "dataset_dir",
+    "dataset",
+    "packing",
+    "use_badam",
+    "apollo_tab",
+    "output_dir",
+    "output_box",
+    "progress_bar",
+    "loss_viewer",
+}
+
+
+def patch(module: ModuleType) -> None:
+    """Wrap the function that builds LlamaBoard.
+
+    Args:
+        module: the executed `llamafactory.webui.interface`.
+
+    Raises:
+        AttributeError, TypeError, ValueError: the web UI does not look as expected; it is left as it was.
+    """
+    if not hasattr(module, "create_ui"):
+        raise AttributeError("create_ui is not there; start the web UI with `llamafactory-cli webui`")
+    check_layout(module)
+    create_ui = module.create_ui
+
+    @functools.wraps(create_ui)
+    def create_ui_with_ogpsa(*args, **kwargs):
+        try:
+            with ogpsa_names(module):
+                add_entries()
+                return create_ui(*args, **kwargs)
+        except Exception as err:
+            remove_entries()
+            print(f"llamafactory-ogpsa: OGPSA is not available in this web UI: {err}", file=sys.stderr)
+            return create_ui(*args, **kwargs)
+
+    module.create_ui = create_ui_with_ogpsa
+
+
+def check_layout(module: ModuleType) -> None:
+    """Check that LlamaBoard looks as the plugin expects, as far as it shows before it is built.
+
+    Raises:
+        AttributeError, TypeError, ValueError: it does not; says what was looked for.
+    """
+    for name, expected in _RUNNER.items():
+        parameters = list(inspect.signature(getattr(Runner, name)).parameters)
+        if parameters != expected:
+            raise TypeError(f"Runner.{name} has the parameters {parameters}, not {expected}")
+    parameters = list(inspect.signature(module.create_train_tab).parameters)
+    if parameters != ["engine"]:
+        raise TypeError(f"create_train_tab has the parameters {parameters}, not ['engine']")
+    if not set(STAGES) <= set(TRAINING_STAGES.values()) or not isinstance(STAGES_USE_PAIR_DATA, set):
+        raise ValueError(f"the training stages are {TRAINING_STAGES}, those with pairs {STAGES_USE_PAIR_DATA}")
+    if "galore_tab" not in STOCK_LOCALES:
+        raise ValueError("the GaLore accordion has no labels")
+
+
+def add_entries() -> None:
+    """Add OGPSA to the tables in which LlamaBoard looks up stages and labels."""
+    for label, stage in list(TRAINING_STAGES.items()):
+        if stage in STAGES:
+            TRAINING_STAGES[label + SUFFIX] = PREFIX + stage
+    STAGES_USE_PAIR_DATA.update(PREFIX + stage for stage in STAGES if stage in STAGES_USE_PAIR_DATA)
+    add_locales(STOCK_LOCALES)
+
+
+def remove_entries() -> None:
+    """Undo `add_entries`, as far as it came."""
+    for label in [label for label in TRAINING_STAGES if is_ogpsa(label)]:
+        del TRAINING_STAGES[label]
+    STAGES_USE_PAIR_DATA.difference_update(PREFIX + stage for stage in STAGES)
+    for name in LOCALES:
+        STOCK_LOCALES.pop(name, None)
+
+
+@contextmanager
+def ogpsa_names(module: ModuleType) -> Iterator[None]:
+    """While the context is open, the names that LlamaBoard's builders look up have OGPSA in them."""
+    train = importlib.import_module("llamafactory.webui.components.train")
+    create_train_tab, change_stage = module.create_train_tab, train.change_stage
+
+    @functools.wraps(change_stage)
+    def change_stage_with_ogpsa(training_stage):
+        # LlamaBoard empties the dataset list whenever the stage changes, also when it has just loaded both from a
+        # file. No default stage is OGPSA's, so every load would; there `change_defaults` does it when the user does.
+        return (gr.update(), gr.update()) if is_ogpsa(training_stage) else change_stage(training_stage)
+
+    module.create_train_tab = functools.partial(create_train_tab_with_ogpsa, create_train_tab)
+    train.change_stage = change_stage_with_ogpsa
+    try:
+        yield
+    finally:
+        module.create_train_tab, train.change_stage = create_train_tab, change_stage
+
+
+def create_train_tab_with_ogpsa(
+    create_train_tab: Callable[["Engine"], dict[str, "Component"]], engine: "Engine"
+) -> dict[str, "Component"]:
+    """Create LlamaBoard's Train tab with OGPSA's accordion in it.
+
+    Args:
+        create_train_tab: LlamaBoard's own function.
+        engine: the engine of this LlamaBoard.
+
+    Returns:
+        the elements of the tab, OGPSA's included.
+
+    Raises:
+        RuntimeError: the tab does not look as expected.
+    """
+    manager = engine.manager
+    tab = create_ogpsa_tab()
+    base_elems = manager.get_base_elems()
+    base_elems.update(elem for name, elem in tab.items() if name != "ogpsa_tab")
+    asked = []
+    # What the tab takes for its base elements is read by preview, start and save, and written by load and reload.
+    manager.get_base_elems = lambda: asked.append(True) or set(base_elems)
+    hook_runner(engine.runner)
+    try:
+        elems = create_train_tab(engine)
+    finally:
+        del manager.get_base_elems
+
+    missing = _ELEMENTS - elems.keys()
+    if missing or not asked:
+        raise RuntimeError(f"the Train tab does not look as expected (missing: {sorted(missing)}, inputs: {asked})")
+    move_behind(tab["ogpsa_tab"], elems["apollo_tab"])
+    connect({**elems, **tab}, manager.get_elem_by_id("top.model_name"), manager.get_elem_by_id("top.finetuning_type"))
+    return {**elems, **tab}
+
+
+def move_behind(block: Any, other: Any) -> None:
+    """Move a block of the layout behind one of its siblings.
+
+    Raises:
+        RuntimeError: the two are not siblings.
+    """
+    if block.parent is not other.parent:
+        raise RuntimeError("the accordions are not where they are expected")
+    siblings = block.parent.children
+    siblings.remove(block)
+    siblings.insert(siblings.index(other) + 1, block)
+
+
+def hook_runner(runner: Runner) -> None:
+    """Let a runner check, build, save and follow OGPSA runs; what it does for any other run stays as it is."""
+    initialize, parse_train_args = runner._initialize, runner._parse_train_args
+    build_config_dict, monitor = runner._build_config_dict, runner.monitor
+
+    def elem(name):
+        return runner.manager.get_elem_by_id(name)
+
+    def asks_for_ogpsa(data):
+        # The Evaluate tab has no stage among its inputs.
+        return is_ogpsa(data.get(elem("train.training_stage")) or "")
+
+    def panel_of(data):
+        ids = {runner.manager.get_id_by_elem(elem).removeprefix("train."): elem for elem in data}
+        return {name: data[elem] for name, elem in ids.items() if name.startswith(PREFIX)}
+
+    def initialize_with_ogpsa(data, do_train, from_preview):
+        error = initialize(data, do_train, from_preview)
+        if error or not do_train or not asks_for_ogpsa(data):
+            return error
+
+        values = [data[elem(f"train.{name}")] for name in ("training_stage", "dataset_dir", "use_badam")]
+        return find_error(panel_of(data), *values, data[elem("top.lang")])
+
+    def parse_train_args_with_ogpsa(data):
+        if not asks_for_ogpsa(data):
+            return parse_train_args(data)
+
+        stage = data[elem("train.training_stage")]
+        args = parse_train_args({**data, elem("train.training_stage"): stock_stage(stage)})
+        return {**args, "stage": TRAINING_STAGES[stage], **options_of(panel_of(data))}
+
+    def build_config_dict_with_ogpsa(data):
+        config = build_config_dict(data)
+        if asks_for_ogpsa(data):
+            return config
+        # A stock run's file stays one that LlamaBoard can load where the plugin is not installed.
+        return {name: value for name, value in config.items() if name not in {f"train.{key}" for key in LOCALES}}
+
+    def monitor_with_ogpsa():
+        data = runner.running_data
+        if not runner.do_train or not asks_for_ogpsa(data):
+            yield from monitor()
+            return
+
+        names = ("top.model_name", "top.finetuning_type", "train.output_dir")
+        output_path = get_save_dir(*(data[elem(name)] for name in names))
+        viewer, progress_bar, output_box = (
+            elem(f"train.{name}") for name in ("loss_viewer", "progress_bar", "output_box")
+        )
+        for update in monitor():
+            if runner.running and not runner.aborted:
+                progress = show_refresh(update[output_box], output_path, data[elem("top.lang")])
+                update = {**update, viewer: show_figure(output_path), progress_bar: progress or update[progress_bar]}
+            yield update
+        # LlamaBoard's last look at a run is up to two seconds before its end.
+        yield {viewer: show_figure(output_path)}
+
+    runner._initialize = initialize_with_ogpsa
+    runner._parse_train_args = parse_train_args_with_ogpsa
+    runner._build_config_dict = build_config_dict_with_ogpsa
+    runner.monitor = monitor_with_ogpsa

@@ -1,0 +1,112 @@
+"""What LlamaBoard shows of a run that goes on or has ended: the plot beside the log, and whether a refresh is running."""
+
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+from llamafactory.extras.constants import TRAINER_LOG
+from llamafactory.extras.ploting import gen_loss_plot
+
+from ..report import LOG_NAME, read_log
+from .board_locales import alert
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+# What the callback logs when a refresh begins; its row in the log is written when it has ended.
+_REFRESH_BEGINS = re.compile(r"OGPSA refresh at step (\d+)")
+
+
+def read_rows(output_path: str, name: str) -> list[dict[str, Any]]:
+    """Read a log of a run. One that cannot be read counts as empty: no picture is worth losing the run from sight."""
+    try:
+        return read_log(os.path.join(output_path, name))
+    except (OSError, ValueError) as err:
+        print(f"llamafactory-ogpsa: {err}", file=sys.stderr)
+        return []
+
+
+def find_refresh(running_log: str, output_path: str) -> int | None:
+    """Return the step of the refresh that is running; None where none is.
+
+    Args:
+        running_log: what the run has logged so far, or the end of it.
+        output_path: its output directory.
+    """
+    begun = _REFRESH_BEGINS.findall(running_log)
+    if not begun:
+        return None
+
+    step = int(begun[-1])
+    ended = any(row.get("refresh") and row["step"] == step for row in read_rows(output_path, LOG_NAME))
+    return None if ended else step
+
+
+def show_refresh(running_log: str, output_path: str, lang: str) -> "gr.Slider | None":
+    """Say in LlamaBoard's progress bar that a refresh is running; None where none is."""
+    step = find_refresh(running_log, output_path)
+    if step is None:
+        return None
+
+    rows = read_rows(output_path, TRAINER_LOG)
+    label = alert("info_ogpsa_refresh", lang, step)
+    if rows:
+        label = f"{label} ({rows[-1]['current_steps']}/{rows[-1]['total_steps']})"
+    return gr.Slider(label=label, value=rows[-1]["percentage"] if rows else 0, visible=True)
+
+
+def show_figure(output_path: str) -> "gr.Plot":
+    """Show the figure of a run; where there is none, the plot stays as it is."""
+    figure = make_figure(output_path)
+    return gr.Plot() if figure is None else gr.Plot(figure)
+
+
+def make_figure(output_path: str) -> "Figure | None":
+    """Draw LlamaBoard's plot of the loss and, below it, the share that was removed and the reference losses.
+
+    Args:
+        output_path: the output directory of a run; both of its logs may still be growing.
+
+    Returns:
+        the figure; None where there is no OGPSA log, or nothing in it.
+    """
+    rows = read_rows(output_path, LOG_NAME)
+    if not rows:
+        return None
+
+    figure = gen_loss_plot(read_rows(output_path, TRAINER_LOG))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, 2.5 * height)
+    # LlamaBoard lays the plot's label over the upper left corner.
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95))
+    grid = figure.add_gridspec(3, 1)
+    figure.axes[0].set_subplotspec(grid[0])
+    draw_removed(figure.add_subplot(grid[1]), [row for row in rows if not row.get("refresh")])
+    draw_reference_losses(figure.add_subplot(grid[2]), [row for row in rows if row.get("refresh")])
+    return figure
+
+
+def draw_removed(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw the removed share of the gradient; a step whose gradient was not finite leaves a gap."""
+    removed = [float("nan") if row["removed"] is None else 100 * row["removed"] for row in rows]
+    axes.plot([row["step"] for row in rows], removed, color="#1f77b4", marker=".")
+    axes.set(xlabel="step", ylabel="OGPSA: removed from the gradient (%)")
+    axes.set_ylim(bottom=0)
+
+
+def draw_reference_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw the loss on each general set at the refreshes."""
+    for name in rows[-1]["reference_loss"] if rows else []:
+        axes.plot(
+            [row["step"] for row in rows],
+            [row["reference_loss"].get(name, float("nan")) for row in rows],
+            marker=".",
+            label=name,
+        )
+    axes.set(xlabel="step", ylabel="OGPSA: reference loss")
+    if rows:
+        axes.legend()

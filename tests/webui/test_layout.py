@@ -1,0 +1,194 @@
+"""What needs no browser: a LlamaBoard that the plugin does not know, wrong options, the texts, the logs of a run."""
+
+from string import Formatter
+from types import SimpleNamespace
+
+import pytest
+
+from llamafactory_ogpsa.report import append_row
+
+
+pytest.importorskip("gradio", reason="LlamaBoard needs gradio")
+
+
+@pytest.fixture(scope="module")
+def board():
+    from llamafactory_ogpsa.plugin import board
+
+    return board
+
+
+@pytest.fixture
+def interface(tmp_path, monkeypatch):
+    """LlamaBoard's own module; what it writes goes to a folder of the test's."""
+    import llamafactory.webui.interface as interface
+
+    monkeypatch.chdir(tmp_path)
+    return interface
+
+
+def labels_of(ui):
+    """Return the stages that a LlamaBoard offers, and the number of its accordions."""
+    components = ui.get_config_file()["components"]
+    stages = next(
+        [label for label, _ in item["props"]["choices"]]
+        for item in components
+        if item["type"] == "dropdown"
+        and any("Supervised Fine-Tuning" in choice for choice in item["props"]["choices"])
+    )
+    return stages, sum(item["type"] == "accordion" for item in components)
+
+
+def test_the_hook_has_patched_the_interface(interface):
+    assert interface.create_ui.__wrapped__.__module__ == interface.__name__
+
+
+def test_an_unknown_tab_gives_the_stock_board_and_says_so(interface, board, monkeypatch, capsys):
+    from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
+    from llamafactory.webui.locales import LOCALES
+
+    stages, accordions = labels_of(interface.create_ui())
+    assert "DPO (OGPSA)" in stages
+    assert not capsys.readouterr().err
+    board.remove_entries()
+    tables = (dict(TRAINING_STAGES), set(STAGES_USE_PAIR_DATA), dict(LOCALES))
+    create_train_tab = interface.create_train_tab
+
+    def other_train_tab(engine):
+        elems = create_train_tab(engine)
+        return {name: elem for name, elem in elems.items() if name != "apollo_tab"}
+
+    def deaf_train_tab(engine):
+        engine.manager.get_base_elems = type(engine.manager).get_base_elems.__get__(engine.manager)
+        return create_train_tab(engine)
+
+    for tab, message in [(other_train_tab, "missing: ['apollo_tab']"), (deaf_train_tab, "inputs: []")]:
+        monkeypatch.setattr(interface, "create_train_tab", tab)
+        ui = interface.create_ui()
+        assert labels_of(ui) == ([stage for stage in stages if "OGPSA" not in stage], accordions - 1)
+        assert (TRAINING_STAGES, STAGES_USE_PAIR_DATA, LOCALES) == tables
+        assert interface.create_train_tab is tab
+        error = capsys.readouterr().err
+        assert "OGPSA is not available in this web UI" in error
+        assert message in error
+
+
+def test_an_unknown_runner_or_interface_is_left_alone(interface, board, monkeypatch):
+    create_ui = interface.create_ui.__wrapped__
+    module = SimpleNamespace(create_ui=create_ui, create_train_tab=interface.create_train_tab)
+    with pytest.raises(AttributeError, match="llamafactory-cli webui"):
+        board.patch(SimpleNamespace())
+    with pytest.raises(TypeError, match="create_train_tab has the parameters"):
+        board.patch(SimpleNamespace(create_ui=create_ui, create_train_tab=lambda: None))
+    with monkeypatch.context() as patched:
+        patched.setattr(board.Runner, "monitor", lambda self, data: None)
+        with pytest.raises(TypeError, match=r"Runner.monitor has the parameters \['self', 'data'\]"):
+            board.patch(module)
+    with monkeypatch.context() as patched:
+        patched.setitem(board.TRAINING_STAGES, "DPO", "other")
+        with pytest.raises(ValueError, match="the training stages are"):
+            board.patch(module)
+    assert module.create_ui is create_ui
+    board.patch(module)
+    assert module.create_ui.__wrapped__ is create_ui
+
+
+PANEL = {
+    "ogpsa_dataset": ["helpful", "truthful"],
+    "ogpsa_num_samples": 200,
+    "ogpsa_update_interval": 30,
+    "ogpsa_rank": 0,
+    "ogpsa_scope": "parameter",
+    "ogpsa_method": "orthogonal",
+    "ogpsa_loss": "stage",
+    "ogpsa_basis_device": "auto",
+}
+SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "message"),
+    [
+        (SFT, {}, ""),
+        (SFT, {"ogpsa_rank": 5}, ""),
+        (SFT, {"ogpsa_dataset": []}, "Please choose at least one general set"),
+        (SFT, {"ogpsa_dataset": None}, "Please choose at least one general set"),
+        (SFT, {"ogpsa_dataset": ["helpful", "x"]}, "not in dataset_info.json: x."),
+        (SFT, {"ogpsa_dataset": ["helpful_pairs"]}, "without rankings; these have them: helpful_pairs"),
+        (SFT, {"ogpsa_num_samples": None}, "Samples per set must be a positive integer"),
+        (SFT, {"ogpsa_update_interval": 0}, "Update interval must be a positive integer"),
+        (SFT, {"ogpsa_rank": -1}, "OGPSA rank must be 0 or a positive integer"),
+        (SFT, {"ogpsa_rank": 99}, "`ogpsa_rank` is 99; allowed: at most 32"),
+        (SFT, {"use_badam": True}, "`use_badam` is True"),
+        (SFT, {"dataset_dir": "nowhere"}, "`dataset_dir` is 'nowhere'"),
+        (SFT, {"dataset_dir": "ONLINE", "ogpsa_dataset": ["any/thing"]}, ""),
+        (DPO, {}, "with rankings; these have none: helpful, truthful"),
+        (DPO, {"ogpsa_loss": "sft"}, ""),
+        (DPO, {"ogpsa_dataset": ["helpful_pairs"]}, ""),
+        (KTO, {}, "with a kto_tag; these have none: helpful, truthful"),
+        (KTO, {"ogpsa_dataset": ["helpful_kto"]}, ""),
+        (KTO, {"ogpsa_dataset": ["helpful_pairs"]}, "with a kto_tag; these have none: helpful_pairs"),
+        ("Reward Modeling (OGPSA)", {"ogpsa_loss": "sft"}, "`ogpsa_loss` is 'sft'"),
+    ],
+)
+def test_wrong_options_are_named(board, data_dir, stage, changes, message):
+    panel = {key: changes.get(key, value) for key, value in PANEL.items()}
+    error = board.find_error(panel, stage, changes.get("dataset_dir", data_dir), changes.get("use_badam", False), "en")
+    assert message in error
+    assert bool(error) is bool(message)
+
+
+def test_every_text_is_there_in_every_language_of_llamaboard():
+    from llamafactory.webui.locales import LOCALES as STOCK
+
+    from llamafactory_ogpsa.plugin.board_locales import ALERTS, LOCALES, add_locales
+
+    languages = set(STOCK["galore_tab"])
+    assert {"en", "ru", "zh", "ko", "ja"} <= languages
+    for texts in LOCALES.values():
+        assert set(texts) == languages
+        assert len({frozenset(text) for text in texts.values()}) == 1
+    for texts in ALERTS.values():
+        assert set(texts) == languages
+        assert len({len(list(Formatter().parse(text))) for text in texts.values()}) <= 2
+
+    table = {"galore_tab": {"en": {}, "eo": {}}}
+    add_locales(table)
+    assert table["ogpsa_rank"]["eo"]["label"] == "OGPSA rank"
+
+
+def test_a_refresh_is_running_from_its_line_until_its_row(tmp_path):
+    from llamafactory_ogpsa.plugin.board_plot import find_refresh
+
+    log, out = str(tmp_path / "ogpsa_log.jsonl"), str(tmp_path)
+    assert find_refresh("", out) is None
+    running_log = "[INFO] OGPSA is on\n[INFO] OGPSA refresh at step 0 has begun.\n"
+    assert find_refresh(running_log, out) == 0
+    append_row(log, {"step": 0, "refresh": True, "reference_loss": {}})
+    assert find_refresh(running_log, out) is None
+    running_log += "[INFO] OGPSA refresh at step 30 has begun.\n"
+    append_row(log, {"step": 30, "removed": 0.1})
+    assert find_refresh(running_log, out) == 30
+    append_row(log, {"step": 30, "refresh": True, "reference_loss": {}})
+    assert find_refresh(running_log, out) is None
+
+
+def test_the_figure_has_three_panels_and_survives_odd_logs(tmp_path, capsys):
+    from llamafactory_ogpsa.plugin.board_plot import make_figure
+
+    assert make_figure(str(tmp_path)) is None
+    log = tmp_path / "ogpsa_log.jsonl"
+    append_row(str(log), {"step": 0, "refresh": True, "reference_loss": {"a": 1.0, "b": 2.0}})
+    append_row(str(log), {"step": 1, "removed": None})
+    append_row(str(log), {"step": 2, "removed": 0.25})
+    append_row(str(tmp_path / "trainer_log.jsonl"), {"current_steps": 1, "loss": 3.0})
+    with open(log, "a") as f:
+        f.write('{"step": 3, "re')
+    loss, removed, reference = make_figure(str(tmp_path)).axes
+    assert list(loss.lines[0].get_ydata()) == [3.0]
+    assert list(removed.lines[0].get_xdata()) == [1, 2]
+    assert removed.lines[0].get_ydata()[1] == 25.0
+    assert [line.get_label() for line in reference.lines] == ["a", "b"]
+    log.write_text("not json\n{}\n")
+    assert make_figure(str(tmp_path)) is None
+    assert "is not JSON" in capsys.readouterr().err
