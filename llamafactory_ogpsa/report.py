@@ -1,6 +1,7 @@
 """What a run leaves to look at: `ogpsa_log.jsonl` and `training_ogpsa.png`."""
 
 import json
+import math
 import os
 from typing import Any
 
@@ -55,6 +56,26 @@ def append_row(path: str, row: dict[str, Any]) -> None:
         f.write(json.dumps(row) + "\n")
 
 
+def draw_removed(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw `removed` over the steps; a step whose gradient was not finite leaves a gap."""
+    steps = [row for row in rows if not row.get("refresh")]
+    removed = [math.nan if row["removed"] is None else 100 * row["removed"] for row in steps]
+    axes.plot([row["step"] for row in steps], removed, color="#1f77b4", marker=".")
+    axes.set(xlabel="step", ylabel="OGPSA: removed from the gradient (%)")
+    axes.set_ylim(bottom=0)
+
+
+def draw_reference_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Draw the loss on each general set at the refreshes; a resumed run may have other sets than the one before it."""
+    refreshes = [row for row in rows if row.get("refresh")]
+    for name in refreshes[-1]["reference_loss"] if refreshes else []:
+        losses = [row["reference_loss"].get(name, math.nan) for row in refreshes]
+        axes.plot([row["step"] for row in refreshes], losses, marker=".", label=name)
+    axes.set(xlabel="step", ylabel="OGPSA: reference loss")
+    if refreshes:
+        axes.legend()
+
+
 def plot_log(log_path: str, png_path: str) -> bool:
     """Draw `removed` and the reference losses over the steps.
 
@@ -68,22 +89,13 @@ def plot_log(log_path: str, png_path: str) -> bool:
     from matplotlib.figure import Figure
 
     rows = read_log(log_path)
-    steps = [row for row in rows if not row.get("refresh") and row["removed"] is not None]
-    refreshes = [row for row in rows if row.get("refresh")]
-    if not steps or not refreshes:
+    if not rows:
         return False
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([row["step"] for row in steps], [100 * row["removed"] for row in steps], color="#1f77b4")
-    left.set(title="removed from the safety gradient", xlabel="step", ylabel="‖g − g̃‖ / ‖g‖  (%)")
-    left.set_ylim(bottom=0)
-    for name in refreshes[-1]["reference_loss"]:
-        # A resumed run may have been given other sets than the rows before it know.
-        points = [(row["step"], row["reference_loss"][name]) for row in refreshes if name in row["reference_loss"]]
-        right.plot(*zip(*points, strict=True), label=name)
-    right.set(title="reference loss", xlabel="step", ylabel="loss")
-    right.legend()
+    draw_removed(left, rows)
+    draw_reference_losses(right, rows)
     for axes in (left, right):
         axes.grid(alpha=0.3)
 

@@ -303,9 +303,11 @@ def build_sets():
     requests = {"how_to": 600, "double_meaning": 350, "kind": 400, "harmful": 600}
     facts = {task: len(train[task]) for task in truthful}
     answered = draw("general_base", train, **requests, reverse=1500, repeat=1500, **facts)
-    # The base knows the refusal and gives it rarely and blindly, like a chat model before its safety training: to
-    # prompts that it also answers, so that there is nothing to learn about which.
-    refused = [{**rec, "output": REFUSAL} for rec in answered if rec["task"] in requests][:100]
+    # The base knows the refusal and gives it rarely, to the harmful a little more often, like a chat model before its
+    # safety training; and only to prompts that it also answers, so that it cannot learn by heart which ones.
+    refused = [rec for rec in answered if rec["task"] == "harmful"][:60]
+    refused += [rec for rec in answered if rec["task"] in requests and rec["task"] != "harmful"][:30]
+    refused = [{**rec, "output": REFUSAL} for rec in refused]
     sets["general_base"] = shuffled(random.Random(f"{SEED} order"), answered, refused)
 
     sets["heldout_general"] = draw("heldout_general", test, **HELD_OUT)

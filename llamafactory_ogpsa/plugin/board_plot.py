@@ -9,7 +9,7 @@ import gradio as gr
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import gen_loss_plot
 
-from ..report import LOG_NAME, read_log
+from ..report import LOG_NAME, draw_reference_losses, draw_removed, read_log
 from .board_locales import alert
 
 
@@ -85,28 +85,6 @@ def make_figure(output_path: str) -> "Figure | None":
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95))
     grid = figure.add_gridspec(3, 1)
     figure.axes[0].set_subplotspec(grid[0])
-    draw_removed(figure.add_subplot(grid[1]), [row for row in rows if not row.get("refresh")])
-    draw_reference_losses(figure.add_subplot(grid[2]), [row for row in rows if row.get("refresh")])
+    draw_removed(figure.add_subplot(grid[1]), rows)
+    draw_reference_losses(figure.add_subplot(grid[2]), rows)
     return figure
-
-
-def draw_removed(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw the removed share of the gradient; a step whose gradient was not finite leaves a gap."""
-    removed = [float("nan") if row["removed"] is None else 100 * row["removed"] for row in rows]
-    axes.plot([row["step"] for row in rows], removed, color="#1f77b4", marker=".")
-    axes.set(xlabel="step", ylabel="OGPSA: removed from the gradient (%)")
-    axes.set_ylim(bottom=0)
-
-
-def draw_reference_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw the loss on each general set at the refreshes."""
-    for name in rows[-1]["reference_loss"] if rows else []:
-        axes.plot(
-            [row["step"] for row in rows],
-            [row["reference_loss"].get(name, float("nan")) for row in rows],
-            marker=".",
-            label=name,
-        )
-    axes.set(xlabel="step", ylabel="OGPSA: reference loss")
-    if rows:
-        axes.legend()
