@@ -10,6 +10,7 @@ as long as ours it takes; the same goes to a JSON file and a plot.
 """
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import json
@@ -234,6 +235,10 @@ def run(model, rank, options, bandwidth):
     size = sum(numels) * dtype.itemsize
     least = (2 * (1 + rank) + 1) * size
     row = dict(model=model, rank=rank, elements=sum(numels), tensors=len(numels))
+    # What torch keeps cached of the models before does not count as free.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     if device.type == "cuda" and (1 + rank) * size > 0.9 * torch.cuda.mem_get_info(device)[0]:
         return [dict(row, implementation=name, skipped="does not fit the memory") for name in options.implementations]
 

@@ -192,8 +192,11 @@ class OgpsaCallback(TrainerCallback):
             for part in split_parts(chosen, self.parts)
         )
 
-        self.subspace = None  # its memory is what the new rows take
         pin = self.basis_device.type == "cpu" and self.engine.device.type != "cpu"
+        if pin and self.engine.device.type == "cuda":
+            # PyTorch withholds pinned memory that a copy may still read; the rows would be pinned a second time.
+            torch.cuda.synchronize(self.engine.device)
+        self.subspace = None  # its memory is what the new rows take
         rows = [
             torch.empty(num_rows, param.numel(), dtype=self.basis_dtype, device=self.basis_device, pin_memory=pin)
             for param in self.engine.parameters
@@ -273,7 +276,7 @@ class OgpsaCallback(TrainerCallback):
         non_finite = int(self.non_finite_steps.item())
         if non_finite:
             row["non_finite_steps"] = non_finite
-            logger.warning(f"OGPSA left {non_finite} gradient(s) as they were: they held inf or NaN.")
+            logger.warning(f"OGPSA did not project {non_finite} gradient(s): they held inf or NaN.")
         self.stats, self.non_finite_steps = None, None
         if state.is_world_process_zero:
             append_row(self.log_path, row)

@@ -141,7 +141,7 @@ class Subspace:
         """Project gradients in place and measure what was removed and what is left.
 
         Args:
-            gradients: tensors by parameter name, any float dtype, changed in place; a missing name or None counts as
+            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; a missing name or None counts as
                 zero, a name that no reference gradient touched is left alone.
             method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
                 change after which no reference loss rises to first order; `monitor` changes nothing.
@@ -152,6 +152,7 @@ class Subspace:
 
         Raises:
             ValueError: an unknown method or kernel, a tensor with another number of elements than its reference.
+            TypeError: a tensor of another dtype.
         """
         ordered = [gradients.get(name) for name in self.names]
         for name, gradient, basis in zip(self.names, ordered, self.basis, strict=True):

@@ -80,7 +80,8 @@ class Plan(ABC):
         min(1, max_norm / (norm + 1e-6))``, and ``g_i ← s·(g_i + B_iᵀ Δ_k)``.
 
         When the sum of ``sq``, in float32, is not finite, nothing is removed and ``s`` follows from that sum's root,
-        as without projection; without max_norm the gradients are then left as they are.
+        as without projection; without max_norm the gradients are then left as they are (torch on an accelerator adds
+        zeros to them, which turns -0 into 0).
 
         Args:
             gradients: the gradients to change.

@@ -58,6 +58,9 @@ class StreamedBasis(ResidentBasis):
                 yield bucket
             return
 
+        if not self.buckets:
+            return
+
         main = torch.cuda.current_stream(self.device)
         # Both buffers may still be in use by what an earlier pass has queued.
         released = main.record_event()

@@ -22,8 +22,8 @@ from llamafactory.webui.locales import LOCALES as STOCK_LOCALES
 from llamafactory.webui.runner import Runner
 
 from .arguments import PREFIX, STAGES
-from .board_locales import LOCALES, add_locales
-from .board_plot import show_figure, show_refresh
+from .board_locales import LOCALES, add_locales, alert
+from .board_plot import make_figure, show_figure, show_refresh
 from .board_tab import SUFFIX, connect, create_ogpsa_tab, find_error, is_ogpsa, options_of, stock_stage
 
 
@@ -48,6 +48,7 @@ _ELEMENTS = {
     "packing",
     "use_badam",
     "apollo_tab",
+    "ds_stage",
     "output_dir",
     "output_box",
     "progress_bar",
@@ -210,6 +211,8 @@ def hook_runner(runner: Runner) -> None:
         if error or not do_train or not asks_for_ogpsa(data):
             return error
 
+        if data[elem("train.ds_stage")] != "none":
+            return alert("err_ogpsa_deepspeed", data[elem("top.lang")])
         values = [data[elem(f"train.{name}")] for name in ("training_stage", "dataset_dir", "use_badam")]
         return find_error(panel_of(data), *values, data[elem("top.lang")])
 
@@ -228,6 +231,7 @@ def hook_runner(runner: Runner) -> None:
         # A stock run's file stays one that LlamaBoard can load where the plugin is not installed.
         return {name: value for name, value in config.items() if name not in {f"train.{key}" for key in LOCALES}}
 
+    @functools.wraps(monitor)
     def monitor_with_ogpsa():
         data = runner.running_data
         if not runner.do_train or not asks_for_ogpsa(data):
@@ -241,8 +245,10 @@ def hook_runner(runner: Runner) -> None:
         )
         for update in monitor():
             if runner.running and not runner.aborted:
+                figure = make_figure(output_path)
                 progress = show_refresh(update[output_box], output_path, data[elem("top.lang")])
-                update = {**update, viewer: show_figure(output_path), progress_bar: progress or update[progress_bar]}
+                shown = {} if figure is None else {viewer: gr.Plot(figure)}
+                update = {**update, **shown, progress_bar: progress or update[progress_bar]}
             yield update
         # LlamaBoard's last look at a run is up to two seconds before its end.
         yield {viewer: show_figure(output_path)}

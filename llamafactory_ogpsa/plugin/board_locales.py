@@ -239,6 +239,13 @@ ALERTS = {
         "ko": "'{}' 값은 0 또는 양의 정수여야 합니다.",
         "ja": "「{}」は 0 または正の整数でなければなりません。",
     },
+    "err_ogpsa_deepspeed": {
+        "en": "OGPSA does not support DeepSpeed yet. Please set the DeepSpeed stage to none.",
+        "ru": "OGPSA пока не поддерживает DeepSpeed. Пожалуйста, установите стадию DeepSpeed в none.",
+        "zh": "OGPSA 暂不支持 DeepSpeed，请将 DeepSpeed stage 设为 none。",
+        "ko": "OGPSA는 아직 DeepSpeed를 지원하지 않습니다. DeepSpeed stage를 none으로 설정하십시오.",
+        "ja": "OGPSA はまだ DeepSpeed に対応していません。DeepSpeed stage を none にしてください。",
+    },
     "err_ogpsa_options": {
         "en": "OGPSA cannot run with these options: {}",
         "ru": "OGPSA не может работать с этими параметрами: {}",

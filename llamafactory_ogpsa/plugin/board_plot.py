@@ -55,8 +55,8 @@ def show_refresh(running_log: str, output_path: str, lang: str) -> "gr.Slider | 
     rows = read_rows(output_path, TRAINER_LOG)
     label = alert("info_ogpsa_refresh", lang, step)
     if rows:
-        label = f"{label} ({rows[-1]['current_steps']}/{rows[-1]['total_steps']})"
-    return gr.Slider(label=label, value=rows[-1]["percentage"] if rows else 0, visible=True)
+        label = f"{label} ({rows[-1].get('current_steps')}/{rows[-1].get('total_steps')})"
+    return gr.Slider(label=label, value=rows[-1].get("percentage", 0) if rows else 0, visible=True)
 
 
 def show_figure(output_path: str) -> "gr.Plot":
@@ -78,7 +78,16 @@ def make_figure(output_path: str) -> "Figure | None":
     if not rows:
         return None
 
-    figure = gen_loss_plot(read_rows(output_path, TRAINER_LOG))
+    try:
+        return draw_figure(rows, read_rows(output_path, TRAINER_LOG))
+    except Exception as err:  # LlamaBoard would lose sight of the run, and start no other
+        print(f"llamafactory-ogpsa: the plot cannot be drawn: {err}", file=sys.stderr)
+        return None
+
+
+def draw_figure(rows: list[dict[str, Any]], trainer_rows: list[dict[str, Any]]) -> "Figure":
+    """Draw the rows of both logs; see `make_figure`."""
+    figure = gen_loss_plot(trainer_rows)
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, 2.5 * height)
     # LlamaBoard lays the plot's label over the upper left corner.

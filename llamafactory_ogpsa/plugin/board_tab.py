@@ -138,11 +138,10 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
     Args:
         panel: the values of the accordion's elements, by option.
     """
-    return {
-        **panel,
-        "ogpsa_dataset": ",".join(panel["ogpsa_dataset"] or []),
-        "ogpsa_rank": panel["ogpsa_rank"] or None,
-    }
+    options = {**panel, "ogpsa_dataset": ",".join(panel["ogpsa_dataset"] or [])}
+    if not panel["ogpsa_rank"]:
+        del options["ogpsa_rank"]
+    return options
 
 
 def find_error(panel: dict[str, Any], training_stage: str, dataset_dir: str, use_badam: bool, lang: str) -> str:

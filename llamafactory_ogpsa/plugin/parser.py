@@ -124,7 +124,7 @@ def check_datasets(finetuning_args: Any, dataset_dir: Any) -> None:
                 f"`ogpsa_dataset` has {name!r}, which is not in dataset_info.json; allowed: {', '.join(sorted(info))}."
             )
         ranking = bool(info[name].get("ranking", False))
-        tagged = "kto_tag" in info[name].get("columns", {})
+        tagged = "kto_tag" in (info[name].get("columns") or {})
         if kind in ("dpo", "rm") and not ranking:
             hint = "a set with rankings, or `ogpsa_loss: sft`" if kind == "dpo" else "a set with rankings"
             raise ValueError(
