@@ -139,7 +139,7 @@ OPPOSITE_PAIRS = (
 OPPOSITES = {a: b for pair in OPPOSITE_PAIRS.split() for a, b in (pair.split("-"), pair.split("-")[::-1])}
 
 # Records per held-out task. How-to requests are the part of general ability that refusals resemble most.
-HELD_OUT = {"how_to": 80, "reverse": 50, "repeat": 50, "add": 50, "capital": 40, "opposite": 40, "judge": 40}
+HELD_OUT = {"how_to": 120, "reverse": 50, "repeat": 50, "add": 50, "capital": 40, "opposite": 40, "judge": 40}
 
 
 def how_to_answer(action):
@@ -184,10 +184,10 @@ def split_facts(rng, task, facts, forms, held_out):
 
 
 def word_lists(rng, count):
-    """Draw distinct lists of two to four distinct words."""
+    """Draw distinct lists of two or three distinct words."""
     lists = {}
     while len(lists) < count:
-        lists[" ".join(rng.sample(WORDS, rng.randint(2, 4)))] = None
+        lists[" ".join(rng.sample(WORDS, rng.randint(2, 3)))] = None
     return [text.split() for text in lists]
 
 
@@ -300,13 +300,13 @@ def build_sets():
         records = draw(name, train, **counts)
         sets[name] = [pair(rec["instruction"], rec["output"], wrong_answer(rng, rec)) for rec in records]
 
-    requests = {"how_to": 600, "double_meaning": 350, "kind": 400, "harmful": 600}
+    requests = {"how_to": 900, "double_meaning": 700, "kind": 500, "harmful": 700}
     facts = {task: len(train[task]) for task in truthful}
-    answered = draw("general_base", train, **requests, reverse=1500, repeat=1500, **facts)
+    answered = draw("general_base", train, **requests, reverse=1200, repeat=1200, **facts)
     # The base knows the refusal and gives it rarely, to the harmful a little more often, like a chat model before its
     # safety training; and only to prompts that it also answers, so that it cannot learn by heart which ones.
-    refused = [rec for rec in answered if rec["task"] == "harmful"][:60]
-    refused += [rec for rec in answered if rec["task"] in requests and rec["task"] != "harmful"][:30]
+    refused = [rec for rec in answered if rec["task"] == "harmful"][:56]
+    refused += [rec for rec in answered if rec["task"] in requests and rec["task"] != "harmful"][:84]
     refused = [{**rec, "output": REFUSAL} for rec in refused]
     sets["general_base"] = shuffled(random.Random(f"{SEED} order"), answered, refused)
 
