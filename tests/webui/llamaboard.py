@@ -165,7 +165,8 @@ def choose(page, label, *names):
     for name in names:
         field(page, label).click()
         page.get_by_role("option", name=name, exact=True).click()
-    field(page, label).blur()
+    # Not by its label: what was chosen may be another language.
+    page.evaluate("document.activeElement.blur()")
     page.get_by_role("option").first.wait_for(state="detached")
 
 
