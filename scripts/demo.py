@@ -237,6 +237,7 @@ def main():
         seconds[title] = train(title, name)
 
     console.print("scoring what the saved checkpoints generate on held-out prompts")
+    torch.set_num_threads(1)  # as in training: the same sums everywhere
     folders = {"base": TINY_DIR / "base", **{title: TINY_DIR / name for title, name in RUNS.items()}}
     results = {
         "scores": {title: score_checkpoint(folder) for title, folder in folders.items()},
