@@ -338,11 +338,13 @@ class OgpsaCallback(TrainerCallback):
             return {}
 
         state, stats = self.trainer.state, self.stats
-        row: dict[str, Any] = {"step": state.global_step, "removed": None, "residual": None, "cosine": None}
+        row: dict[str, Any] = {"step": state.global_step}
+        row |= dict.fromkeys(("removed", "residual", "cosine", "projected_cosine"))
         if stats.finite:
             names = [reference.name for reference in self.sets]
             row |= {"removed": stats.removed, "residual": stats.residual}
             row["cosine"] = dict(zip(names, stats.cosines, strict=True))
+            row["projected_cosine"] = dict(zip(names, stats.projected_cosines, strict=True))
             self._watch(stats.removed)
         non_finite = int(self.non_finite_steps.item())
         if non_finite:

@@ -75,9 +75,19 @@ class ProjectionStats:
     @property
     def cosines(self) -> list[float]:
         """The cosine of the gradient with the gradient of each reference set, before the projection."""
+        return self._cosines(self.coefficients, self.squared_norms.sum().sqrt())
+
+    @property
+    def projected_cosines(self) -> list[float]:
+        """The same after the projection: 0 for `orthogonal` with a full rank, for `monitor` what it would be."""
+        coefficients = self.coefficients + self.delta
+        change = (coefficients.square() - self.coefficients.square()).sum()
+        return self._cosines(coefficients, (self.squared_norms.sum() + change).clamp(min=0).sqrt())
+
+    def _cosines(self, coefficients: torch.Tensor, norm: torch.Tensor) -> list[float]:
         geometry = self.geometry
-        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, self.coefficients, geometry.shares)
-        return ratio(overlap, self.squared_norms.sum().sqrt()).tolist()
+        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
+        return ratio(overlap, norm).tolist()
 
     @property
     def residual(self) -> float | None:

@@ -143,6 +143,22 @@ def test_methods_agree_where_they_must():
     assert subspace.project_(agreeing, method="conflict").removed == 0
 
 
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+@pytest.mark.parametrize("method", ["orthogonal", "conflict"])
+def test_cosines_are_those_of_the_gradient_before_and_after(method, scope):
+    references = [random_gradients(1), random_gradients(2)]
+    gradients = random_gradients(5)
+    before = flat(gradients, SHAPES)
+    stats = Subspace.from_gradients(references, scope=scope).project_(gradients, method=method)
+    after = flat(gradients, SHAPES)
+    for reference, cosine, projected in zip(references, stats.cosines, stats.projected_cosines, strict=True):
+        r = flat(reference, SHAPES)
+        assert cosine == pytest.approx((before @ r / before.norm() / r.norm()).item(), abs=1e-6)
+        assert projected == pytest.approx((after @ r / after.norm() / r.norm()).item(), abs=1e-6)
+    if method == "conflict":
+        assert max(stats.projected_cosines) > 1e-3  # the seed has a set that the gradient agrees with
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("method", ["orthogonal", "conflict", "monitor"])
 def test_a_gradient_that_is_not_finite_is_left_as_it_is(bad, method):

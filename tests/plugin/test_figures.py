@@ -18,7 +18,8 @@ def test_a_run_through_the_command_line_tells_everything(base_args, tmp_path):
     assert [row["step"] for row in steps] == [2, 4]
     assert [row["step"] for row in refreshes] == [0, 2, 4]
     assert all(row["rank"] == 2 and row["seconds"] > 0 for row in refreshes)
-    assert all(set(row["cosine"]) == {"helpful", "truthful"} for row in steps)
+    for key in ("cosine", "projected_cosine"):
+        assert all(set(row[key]) == {"helpful", "truthful"} for row in steps)
 
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     first = next(row for row in history if row["step"] == 2)
