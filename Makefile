@@ -5,10 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format data clean
+.PHONY: demo lab test lint format data clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
+
+# All of benchmarks/alignment_tax/lab.yaml; with QUICK=1 a small part. An interrupted lab goes on where it stopped.
+lab: $(STAMP)
+	$(BIN)/python -m benchmarks.alignment_tax $(if $(QUICK),--quick)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

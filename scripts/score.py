@@ -96,7 +96,7 @@ def score_checkpoint(folder, data_dir=DATA_DIR):
 
     Returns:
         Dictionary with `general`, `refusal`, `over_refusal`, `benign_exact`, `tasks` (exact match by task),
-        `over_refusal_kinds` (by kind of benign prompt) and a few `examples`.
+        `refusal_kinds` and `over_refusal_kinds` (by kind of prompt) and a few `examples`.
     """
     model, tokenizer = load_checkpoint(folder)
     data_dir = Path(data_dir)
@@ -122,6 +122,7 @@ def score_checkpoint(folder, data_dir=DATA_DIR):
         "over_refusal": share(map(refused, answered["benign"])),
         "benign_exact": share(map(exact, answered["benign"])),
         "tasks": by_task(answered["general"], exact),
+        "refusal_kinds": by_task(answered["harmful"], refused),
         "over_refusal_kinds": by_task(answered["benign"], refused),
         "examples": {
             name: [{"prompt": rec["instruction"], "answer": rec["answer"]} for rec in records[:5]]

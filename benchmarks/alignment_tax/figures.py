@@ -1,0 +1,164 @@
+"""The pictures of the results."""
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+
+AXES = {"general": "general ability ↑", "refusal": "refuses harmful ↑", "over_refusal": "refuses benign ↓"}
+COLOURS = ["#4a5568", "#b7791f", "#6b46c1", "#2f855a", "#c53030", "#dd6b20", "#2b6cb0", "#0987a0"]
+MARKERS = "osP^DvX*"
+plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False})
+
+
+def styles(methods):
+    """Give every method its colour and marker, the same in all pictures."""
+    return {
+        method: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, method in enumerate(methods)
+    }
+
+
+def save(figure, path):
+    """Save a picture under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name("partial-" + path.name)
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+    plt.close(figure)
+
+
+def draw_range(axes, table, x, y, style, label=None, **kwargs):
+    """Draw the mean over seeds with bars from the least to the greatest."""
+    group = table.groupby(x, sort=True)[y]
+    mean, low, high = group.mean(), group.min(), group.max()
+    bars = np.array([mean - low, high - mean]).clip(min=0)
+    axes.errorbar(mean.index, mean, yerr=bars, label=label, capsize=2, elinewidth=0.8, **style, **kwargs)
+
+
+def comparison(results, methods, path):
+    """Draw safety over utility, one panel a pipeline: each point a seed, the large ones their mean."""
+    pipelines = list(results.comparison.pipeline.unique())
+    figure, panels = plt.subplots(2, len(pipelines), figsize=(4.3 * len(pipelines), 7.6), sharex=True, sharey="row")
+    panels = np.reshape(panels, (2, len(pipelines)))
+    for column, pipeline in zip(panels.T, pipelines, strict=True):
+        for axes, y in zip(column, ("refusal", "over_refusal"), strict=True):
+            for method, style in styles(methods).items():
+                rows = results.comparison.query("pipeline == @pipeline and method == @method")
+                axes.scatter(rows.general, rows[y], s=18, alpha=0.4, **style)
+                axes.scatter(rows.general.mean(), rows[y].mean(), s=95, label=method, edgecolors="white", **style)
+            base = results.bases
+            axes.scatter(base.general.mean(), base[y].mean(), s=110, marker="*", color="black", label="base model")
+            axes.set(ylim=(-0.04, 1.04))
+        column[0].set_title(pipeline, weight="bold", loc="left")
+        column[1].set_xlabel(AXES["general"])
+    for axes, y in zip(panels[:, 0], ("refusal", "over_refusal"), strict=True):
+        axes.set_ylabel(AXES[y])
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 0.0))
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    save(figure, path)
+
+
+def curves(results, methods, path):
+    """Draw the scores of the checkpoints on the way; bands from the least to the greatest seed."""
+    pipelines = [name for name in results.comparison.pipeline.unique() if len(results.pipelines[name]) == 1]
+    figure, panels = plt.subplots(len(pipelines), 3, figsize=(13, 3.4 * len(pipelines)), squeeze=False)
+    for row, pipeline in zip(panels, pipelines, strict=True):
+        for method, style in styles(methods).items():
+            points = results.comparison.query("pipeline == @pipeline and method == @method")
+            read = [results.read(point.runs[-1])["curve"] for point in points.point]
+            if not all(read):
+                continue
+            steps = [0, *(entry["step"] for entry in read[0])]
+            for axes, y in zip(row, AXES, strict=True):
+                start = results.bases.set_index("seed").loc[points.seed, y].to_numpy()[:, None]
+                values = np.hstack([start, [[entry[y] for entry in curve] for curve in read]])
+                axes.plot(steps, values.mean(0), color=style["color"], label=method)
+                axes.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0)
+                axes.set(ylabel=AXES[y], xlabel="step", title=pipeline)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.14 if len(pipelines) == 1 else 0.09, 1, 1))
+    save(figure, path)
+
+
+def study(table, axis, methods, path, labels=None):
+    """Draw the three scores over what a study varies.
+
+    Args:
+        table: The study's results.
+        axis: The option varied.
+        methods: All methods, for their colours.
+        path: The picture.
+        labels: Names of the settings where they are not numbers.
+    """
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8))
+    table = table.assign(**{axis: table[axis].map(labels)}) if labels else table
+    for axes, y in zip(panels, AXES, strict=True):
+        for method, style in styles(methods).items():
+            rows = table[table.method == method]
+            if len(rows):
+                draw_range(axes, rows, axis, y, style, method, linestyle="none" if labels else "-")
+        axes.set(ylabel=AXES[y])
+        if labels:
+            axes.tick_params(axis="x", rotation=35)
+            plt.setp(axes.get_xticklabels(), ha="right")
+        else:
+            axes.set(xlabel=axis, xscale="log")
+            ticks = sorted(table[axis].unique())
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axes.minorticks_off()
+    if table.method.nunique() > 1:
+        panels[0].legend(fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
+def cosines(results, rows, path):
+    """Draw the cosine of the safety gradient with each reference gradient over training, before and after.
+
+    Args:
+        results: The results.
+        rows: Of each panel, its title, its points, and whether the gradient was projected.
+        path: The picture.
+    """
+    figure, panels = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.8), sharey=True, squeeze=False)
+    for axes, (title, points, projected) in zip(panels[0], rows, strict=True):
+        logs = [results.log(point.runs[-1]) for point in points]
+        steps = [row["step"] for row in logs[0]]
+        for name, colour in zip(logs[0][0]["cosine"], ("#2b6cb0", "#2f855a"), strict=True):
+            for key, line in (("cosine", "-"), ("projected_cosine", "--"))[: 2 if projected else 1]:
+                values = np.array([[row[key][name] for row in log] for log in logs])
+                when = "before" if key == "cosine" else "after"
+                axes.plot(steps, values.mean(0), line, color=colour, label=f"{name}, {when}")
+                axes.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        axes.set(title=title, xlabel="step", ylim=(-1.05, 1.05))
+        axes.axhline(0, color="black", linewidth=0.6)
+    panels[0, 0].set_ylabel("cosine with the reference gradient")
+    figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    save(figure, path)
+
+
+def frontier(table, methods, path):
+    """Draw quality over cost, one line a method: what general data costs, in samples and in time."""
+    figure, panels = plt.subplots(2, 2, figsize=(13, 8), sharey="row", sharex="col")
+    for column, (x, label) in zip(
+        panels.T, (("cost", "general samples per training sample"), ("time", "wall-clock over naive")), strict=True
+    ):
+        for axes, y in zip(column, ("general", "over_refusal"), strict=True):
+            for method, style in styles(methods).items():
+                rows = table[table.method == method]
+                if len(rows):
+                    means = rows.groupby("label")[[x, y]].mean().sort_values(x)
+                    axes.plot(means[x], means[y], label=method, alpha=0.85, linewidth=1, markersize=6, **style)
+            axes.set(ylabel=AXES[y], xscale="log")
+        column[1].set_xlabel(label)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    save(figure, path)

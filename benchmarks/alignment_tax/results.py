@@ -1,0 +1,91 @@
+"""What the runs left, as tables to compute with."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+
+FIGURES = ("general", "refusal", "over_refusal")
+
+
+class Results:
+    """The results of a plan whose runs are finished.
+
+    Attributes:
+        reference: the method that the others are measured against.
+        pipelines: the stages of each pipeline.
+        bases: one row a seed: the figures of the base models.
+        comparison: one row for each pipeline, method and seed.
+        studies: for each study, one row for each method, setting and seed.
+    """
+
+    def __init__(self, plan, lab_dir):
+        """Read them.
+
+        Args:
+            plan: The plan.
+            lab_dir: The lab's folder.
+        """
+        self.lab_dir = Path(lab_dir)
+        self.reference, self.pipelines = plan.reference, plan.spec["pipelines"]
+        self.bases = pd.DataFrame([{"seed": seed, **self._scores(run)} for seed, run in plan.bases.items()])
+        self.comparison = self._table(plan.comparison)
+        self.studies = {name: self._table(points) for name, points in plan.studies.items()}
+        naive = self.comparison[self.comparison.method == self.reference].set_index(["pipeline", "seed"])
+        for table in (self.comparison, *self.studies.values()):
+            of_naive = [naive.loc[key] for key in zip(table.pipeline, table.seed, strict=True)]
+            table["time"] = table.seconds / [row.seconds for row in of_naive]
+            table["extra_memory"] = table.memory - [row.memory for row in of_naive]
+
+    def read(self, run, name="result.json"):
+        """Read a JSON file of a run."""
+        return json.loads((self.lab_dir / run.folder / name).read_text(encoding="utf-8"))
+
+    def log(self, run):
+        """Read the rows of the logged steps of an OGPSA run."""
+        path = self.lab_dir / run.folder / "train" / "ogpsa_log.jsonl"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [row for row in rows if not row.get("refresh")]
+
+    def _scores(self, run):
+        scores = self.read(run)["scores"]
+        row = {name: scores[name] for name in FIGURES}
+        for kind in ("tasks", "refusal_kinds", "over_refusal_kinds"):
+            row |= {f"{kind}/{task}": value for task, value in scores[kind].items()}
+        return row
+
+    def _table(self, points):
+        rows = []
+        for point in points:
+            results = [self.read(run) for run in point.runs]
+            general = sum(
+                general_samples(run.options, result) for run, result in zip(point.runs, results, strict=True)
+            )
+            trained = sum(result["train_samples"] for result in results)
+            row = {"pipeline": point.pipeline, "method": point.method, "seed": point.seed, **dict(point.setting)}
+            row["label"] = ", ".join(f"{name.removeprefix('ogpsa_')} {value}" for name, value in point.setting)
+            row |= {"cost": general / trained}
+            row |= {"seconds": sum(result["seconds"] for result in results)}
+            row |= {"memory": max(result["memory"] for result in results)}
+            rows.append(row | self._scores(point.runs[-1]) | {"point": point})
+        return pd.DataFrame(rows)
+
+
+def general_samples(options, result):
+    """Count the general samples that a run went through: reference samples, or those mixed into its training.
+
+    Args:
+        options: The run's options, None for merged weights.
+        result: What the run left.
+
+    Returns:
+        The number.
+    """
+    if options is None:
+        return 0
+    if "interleave_probs" in options:
+        shares = [float(share) for share in options["interleave_probs"].split(",")]
+        return result["train_samples"] * sum(shares[1:])
+    sizes = result["dataset_sizes"]
+    return result["reference_samples"] + result["train_samples"] * sum(sizes[1:]) / sum(sizes)
