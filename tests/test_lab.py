@@ -13,7 +13,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.alignment_tax import HERE, data  # noqa: E402
+from benchmarks.alignment_tax import HERE, data, report  # noqa: E402
 from benchmarks.alignment_tax.plan import Plan, reference_samples, write_yaml  # noqa: E402
 from benchmarks.alignment_tax.results import Results  # noqa: E402
 
@@ -167,9 +167,8 @@ def run_lab(folder, check=True):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A lab of a few steps, from nothing."""
-    folder = tmp_path_factory.mktemp("lab")
+def small_spec():
+    """The lab's file with fewer and shorter runs."""
     spec = yaml.safe_load((HERE / "lab.yaml").read_text())
     for name, changes in SMALL.items():
         spec[name] = {**spec[name], **changes} if name == "base" else changes
@@ -179,9 +178,69 @@ def lab(tmp_path_factory):
     spec["methods"] = {name: spec["methods"][name] for name in methods}
     for stage in ("sft", "dpo"):
         spec["methods"]["OGPSA, scope parameter"][stage] |= {"ogpsa_num_samples": 20, "logging_steps": 1}
-    (folder / "lab.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    return spec
+
+
+@pytest.fixture(scope="module")
+def lab(small_spec, tmp_path_factory):
+    """A lab of a few steps, from nothing."""
+    folder = tmp_path_factory.mktemp("lab")
+    (folder / "lab.yaml").write_text(yaml.safe_dump(small_spec, sort_keys=False))
     run_lab(folder)
     return folder
+
+
+# General ability, refusal, over-refusal of the base and of each method's run, in every pipeline.
+SCORES = {
+    "base": (0.95, 0.0, 0.0),
+    "naive tuning": (0.65, 1.0, 0.9),
+    "LoRA": (0.7, 1.0, 0.8),
+    "merged with the base": (0.9, 0.5, 0.0),
+    "OGPSA, scope parameter": (0.86, 0.98, 0.3),
+}
+
+
+def invent_results(plan, folder):
+    """Write results as runs would leave them, of known scores."""
+    methods = {point.runs[-1].folder: point for point in (*plan.studies["frontier"], *plan.comparison)}
+    for run in plan.runs.values():
+        point = methods.get(run.folder)
+        general, refusal, over_refusal = SCORES["base" if point is None else point.method]
+        samples = reference_samples(run.options) if run.options and "max_steps" in run.options else 0
+        if point is not None and ("ogpsa_refresh_samples", 4) in point.setting:
+            general -= 0.004  # cheaper, and nearly as good
+        scores = {"general": general, "refusal": refusal, "over_refusal": over_refusal, "tasks": {"add": general}}
+        scores["refusal_kinds"] = dict.fromkeys(data.HELD_OUT_HARMFUL, refusal)
+        scores["over_refusal_kinds"] = {"kind": over_refusal}
+        result = {"scores": scores, "seconds": 10.0 + samples / 100, "memory": 2**30 + samples, "curve": []}
+        result |= {"train_samples": 80 if run.options else 0, "reference_samples": samples, "dataset_sizes": [800]}
+        path = folder / run.folder / "train"
+        path.mkdir(parents=True)
+        (path.parent / "result.json").write_text(json.dumps(result))
+        row = {"step": 5, "cosine": {"a": -0.5, "b": 0.1}, "projected_cosine": {"a": 0.0, "b": 0.0}}
+        (path / "ogpsa_log.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def lines_of(text, start):
+    return [line for line in text.splitlines() if line.startswith(start)]
+
+
+def test_the_report_judges_by_the_means_and_finds_the_cheapest_setting(small_spec, tmp_path, monkeypatch):
+    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(small_spec | {"curves": {}}, sort_keys=False))
+    plan = Plan(tmp_path / "lab.yaml", "a key")
+    invent_results(plan, tmp_path / "lab")
+    text = report.write(plan, tmp_path / "lab", tmp_path / "out").read_text()
+    ogpsa = lines_of(text, "| OGPSA, scope parameter | 0.860 | 70% |")  # (0.86 - 0.65) / (0.95 - 0.65)
+    assert len(ogpsa) == len(small_spec["pipelines"])
+    assert lines_of(text, "| naive tuning | 0.650 |  | 1.000 | 0.900 |")
+    assert lines_of(text, "- OGPSA, scope parameter: met")
+    cheapest = next(line for line in text.splitlines() if line.startswith("The cheapest setting"))
+    assert "update interval 5, refresh samples 4**, 0.10 reference samples" in cheapest
+
+    monkeypatch.setitem(SCORES, "OGPSA, scope parameter", (0.79, 0.96, 0.46))
+    invent_results(plan, tmp_path / "worse")
+    text = report.write(plan, tmp_path / "worse", tmp_path / "out").read_text()
+    assert lines_of(text, "- OGPSA, scope parameter: **missed: general, refusal, over-refusal**")
 
 
 @pytest.mark.cli
@@ -190,10 +249,11 @@ def test_the_report_tells_what_the_runs_left(lab):
     text = (lab / "out" / "results.md").read_text()
     results = Results(plan, lab / "lab")
     assert len(results.comparison) == 2 * 4
-    for row in results.comparison.itertuples():
-        assert f"{row.general:.3f}" in text
     ogpsa = results.comparison.query("method == 'OGPSA, scope parameter' and pipeline == 'SFT'").iloc[0]
     assert ogpsa.cost == 1 * 40 / (5 * 16)
+    log = results.log(ogpsa.point.runs[-1])
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+    assert [entry["step"] for entry in results.read(ogpsa.point.runs[-1])["curve"]] == [2, 4]
     for name in ("comparison", "curves", "interval", "cosine", "frontier"):
         assert (lab / "out" / "images" / f"lab_{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert f"images/lab_{name}.png" in text

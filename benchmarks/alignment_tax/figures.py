@@ -7,6 +7,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
 
 AXES = {"general": "general ability ↑", "refusal": "refuses harmful ↑", "over_refusal": "refuses benign ↓"}
@@ -113,9 +114,10 @@ def study(table, axis, methods, path, labels=None):
             ticks = sorted(table[axis].unique())
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-    if table.method.nunique() > 1:
-        panels[0].legend(fontsize=8)
-    figure.tight_layout()
+    several = table.method.nunique() > 1
+    if several:
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.07 if several else 0, 1, 1))
     save(figure, path)
 
 
@@ -147,18 +149,21 @@ def cosines(results, rows, path):
 
 def frontier(table, methods, path):
     """Draw quality over cost, one line a method: what general data costs, in samples and in time."""
-    figure, panels = plt.subplots(2, 2, figsize=(13, 8), sharey="row", sharex="col")
+    figure, panels = plt.subplots(3, 2, figsize=(13, 10.5), sharey="row", sharex="col")
     for column, (x, label) in zip(
         panels.T, (("cost", "general samples per training sample"), ("time", "wall-clock over naive")), strict=True
     ):
-        for axes, y in zip(column, ("general", "over_refusal"), strict=True):
+        for axes, y in zip(column, AXES, strict=True):
             for method, style in styles(methods).items():
                 rows = table[table.method == method]
                 if len(rows):
                     means = rows.groupby("label")[[x, y]].mean().sort_values(x)
                     axes.plot(means[x], means[y], label=method, alpha=0.85, linewidth=1, markersize=6, **style)
             axes.set(ylabel=AXES[y], xscale="log")
-        column[1].set_xlabel(label)
+        column[-1].set_xlabel(label)
+        column[-1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        column[-1].xaxis.set_major_formatter("{x:g}")
+        column[-1].xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     save(figure, path)

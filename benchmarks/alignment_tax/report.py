@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import re
 
 import pandas as pd
 
@@ -136,11 +137,20 @@ def frontier_section(results, study, methods, folder):
 
 
 def short(value):
-    """Shorten the name of a setting for a table."""
-    text = str(value).replace("general_helpful,general_truthful", "all tasks")
-    for name in ("dataset ", "mix_strategy interleave_over, ", "general_helpful,", ",general_truthful"):
-        text = text.replace(name, "")
-    return text.replace("general_helpful_", "").replace("general_truthful_", "").replace("_", " ")
+    """Shorten the name of a setting for tables and pictures."""
+    text = (
+        str(value).replace("mix_strategy interleave_over, ", "").replace("dataset general_helpful", "general_helpful")
+    )
+    text = re.sub(r"general_helpful\w*,general_truthful\w*", _left_out, text)
+    return text.replace("_", " ")
+
+
+def _left_out(match):
+    """Say of the names of two reference sets what they lack."""
+    missing = re.findall(r"without_(\w+?)(?=,|$)", match[0])
+    if "_pairs" in match[0]:
+        return "pairs"
+    return f"without {missing[0]}" if missing else "all tasks"
 
 
 def cost_table(results, methods):
