@@ -196,12 +196,9 @@ def build_sets():
     answered = draw("general_base", train, requests | wrapped | rephrased | rest)
     # Like a chat model before its safety training, the base knows the refusal and gives it rarely; and only to prompts
     # that it also answers, so that it cannot learn by heart which ones.
+    harmless = ["how_to", "double_meaning", "how_to_rephrased", "double_meaning_rephrased", "role_play"]
     refused = []
-    for count, tasks in (
-        (80, ["harmful"]),
-        (60, ["harmful_role_play"]),
-        (40, ["how_to", "double_meaning", "role_play"]),
-    ):
+    for count, tasks in ((80, ["harmful", "harmful_rephrased"]), (60, ["harmful_role_play"]), (40, harmless)):
         refused += [{**rec, "output": REFUSAL} for rec in answered if rec["task"] in tasks][:count]
     sets["general_base"] = shuffled(random.Random(f"{SEED} order"), answered, refused)
 
