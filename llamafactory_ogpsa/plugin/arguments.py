@@ -253,9 +253,11 @@ def extend(stock: type) -> type:
             else:
                 given = [name for name in OPTIONS if getattr(self, name) is not None]
                 if given:
+                    change = f"change `stage: {given_stage}` to `stage: {PREFIX}{given_stage}`, or "
                     raise ValueError(
                         f"`{given[0]}` is {getattr(self, given[0])!r}, but neither `stage` ({given_stage}) nor "
-                        f"`finetuning_type` ({given_type}) asks for OGPSA; allowed with it: e.g. stage ogpsa_sft."
+                        f"`finetuning_type` ({given_type}) asks for OGPSA; "
+                        f"{change if given_stage in STAGES else ''}remove {', '.join(f'`{name}`' for name in given)}."
                     )
             super().__post_init__()
 
