@@ -142,6 +142,17 @@ def base_args(model_dir, data_dir, tmp_path):
     }
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail the test if a model is loaded."""
+
+    def load_model(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    for stage in ("pt", "sft", "rm", "dpo", "kto"):
+        monkeypatch.setattr(f"llamafactory.train.{stage}.workflow.load_model", load_model)
+
+
 @pytest.fixture(scope="session")
 def site_without_plugin(tmp_path_factory):
     """A folder with every installed package but this one, for `python -S` with PYTHONPATH."""

@@ -69,20 +69,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail the test if a model is loaded."""
-    from llamafactory.train.dpo import workflow as dpo
-    from llamafactory.train.kto import workflow as kto
-    from llamafactory.train.sft import workflow as sft
-
-    def load_model(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    for module in (sft, dpo, kto):
-        monkeypatch.setattr(module, "load_model", load_model)
-
-
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(("change", "message"), CASES, ids=[str(change) for change, _ in CASES])
 def test_wrong_option_is_refused(base_args, change, message):
