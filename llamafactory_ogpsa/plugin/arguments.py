@@ -121,6 +121,9 @@ def resolve(arguments: Any) -> None:
 
     for name in _SWITCHES:
         value = getattr(arguments, name)
+        if value in ("true", "false"):
+            value = value == "true"
+            setattr(arguments, name, value)
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"`{name}` is {value!r}; allowed: true, false.")
 

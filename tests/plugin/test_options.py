@@ -48,7 +48,7 @@ CHOICES = {
     "ogpsa_basis_device": ["auto", "accelerator", "cpu"],
     "ogpsa_basis_dtype": ["auto", "float32", "bfloat16"],
     "ogpsa_kernel": ["auto", "torch"],
-    "ogpsa_save_state": [True, False],
+    "ogpsa_save_state": [True, False, "true", "false"],
 }
 # The sets of conftest's `data_dir` that a stage can take, and the training set that goes with them.
 SETS = {"": ["helpful", "truthful", "helpful_again", "helpful_text"], "_pairs": ["helpful_pairs", "truthful_pairs"]}
@@ -142,7 +142,7 @@ def test_any_options_are_taken_as_given_or_refused_by_name(parser, base_args, dr
     if not wrong:
         finetuning_args = parser.get_train_args(args)[3]
         for name, value in given.items():
-            expected = split(value) if name == "ogpsa_dataset" else value
+            expected = split(value) if name == "ogpsa_dataset" else {"true": True, "false": False}.get(value, value)
             assert value is None or same(getattr(finetuning_args, name), expected)
         return
 
