@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -222,6 +223,13 @@ def run_here(args, **callbacks):
     from llamafactory.train.tuner import run_exp
 
     run_exp(dict(args), **callbacks)
+
+
+def free_port():
+    """Return a port of this machine that nothing listens on, as a string."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
 
 
 def read_rows(output_dir):
