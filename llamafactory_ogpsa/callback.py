@@ -273,6 +273,7 @@ class OgpsaCallback(TrainerCallback):
             non_finite_steps=0 if self.non_finite_steps is None else int(self.non_finite_steps.item()),
             reference_losses=self.reference_losses,
             made_by=self._made_by,
+            idle_steps=self.idle_steps,
         )
         save_state(folder, state, None if self._is_due(step) else self.subspace, self.engine, writes)
 
@@ -291,7 +292,7 @@ class OgpsaCallback(TrainerCallback):
         if stored is not None:
             state, basis, geometry = stored
             self.refreshed_at, self.repeat_at = state.refreshed_at, state.repeat_at
-            self.reference_losses = state.reference_losses
+            self.reference_losses, self.idle_steps = state.reference_losses, state.idle_steps
             self.non_finite_steps = torch.tensor(state.non_finite_steps, device=self.engine.device)
             if basis is not None:
                 self._use(basis, geometry)

@@ -26,6 +26,8 @@ from .subspace import Geometry
 STATE_NAME = "ogpsa_state.json"
 
 _FORMAT = 1
+# What the first states of this format did not have.
+_LATER = {"idle_steps": 0}
 _BASIS = "basis."
 _GEOMETRY = "geometry."
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,6 +45,7 @@ class RunState:
         non_finite_steps: gradients that were not projected since the last logged step.
         reference_losses: those of the last refresh, by the name of the set.
         made_by: the options that the basis depends on, by name.
+        idle_steps: logged steps in a row, up to this one, of whose gradients hardly anything was left.
         pieces: the number of files that the basis is in; 0 where it was left out.
         format: the version of all this.
     """
@@ -53,6 +56,7 @@ class RunState:
     non_finite_steps: int
     reference_losses: dict
     made_by: dict
+    idle_steps: int = 0
     pieces: int = 0
     format: int = _FORMAT
 
@@ -215,6 +219,7 @@ def _read_state(path: str) -> RunState:
 
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise damaged(path, "is of a format that this version of llamafactory-ogpsa does not know")
+    content = {**_LATER, **content}
     types = get_type_hints(RunState)
     for name, expected in types.items():
         if name not in content:

@@ -52,6 +52,12 @@ ENVIRONMENTS = [
 ]
 
 
+def last_line(other: str, text: str, status: int) -> str:
+    """Return the last line of a text, of another where it is empty, and the exit status where both are."""
+    lines = f"{other}\n{text}".strip().splitlines()
+    return lines[-1] if lines else f"nothing was printed, exit status {status}"
+
+
 def try_environment(environment: Environment, folder: Path) -> str:
     """Build an environment and run the tests in it; return the result in words."""
     python = shutil.which(f"python{environment.python}")
@@ -60,7 +66,7 @@ def try_environment(environment: Environment, folder: Path) -> str:
     packages = ["pytest", "hypothesis", "scipy", "-e", str(ROOT)]
     installed = subprocess.run([*pip, *environment.requirements, *packages], capture_output=True, text=True)
     if installed.returncode != 0:
-        return f"cannot be installed: {installed.stderr.strip().splitlines()[-1]}"
+        return f"cannot be installed: {last_line(installed.stdout, installed.stderr, installed.returncode)}"
 
     report = folder / "report.xml"
     process = subprocess.run(
@@ -71,7 +77,7 @@ def try_environment(environment: Environment, folder: Path) -> str:
         text=True,
     )
     if not report.exists():
-        return f"the tests do not start: {process.stdout.strip().splitlines()[-1]}"
+        return f"the tests do not start: {last_line(process.stderr, process.stdout, process.returncode)}"
     suite = ElementTree.parse(report).getroot().find("testsuite")
     failed = int(suite.get("failures")) + int(suite.get("errors"))
     passed = int(suite.get("tests")) - failed - int(suite.get("skipped"))

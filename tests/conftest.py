@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -142,6 +143,17 @@ def base_args(model_dir, data_dir, tmp_path):
     }
 
 
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail the test if a model is loaded."""
+
+    def load_model(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    for stage in ("pt", "sft", "rm", "dpo", "kto"):
+        monkeypatch.setattr(f"llamafactory.train.{stage}.workflow.load_model", load_model)
+
+
 @pytest.fixture(scope="session")
 def site_without_plugin(tmp_path_factory):
     """A folder with every installed package but this one, for `python -S` with PYTHONPATH."""
@@ -211,6 +223,13 @@ def run_here(args, **callbacks):
     from llamafactory.train.tuner import run_exp
 
     run_exp(dict(args), **callbacks)
+
+
+def free_port():
+    """Return a port of this machine that nothing listens on, as a string."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
 
 
 def read_rows(output_dir):

@@ -1,5 +1,6 @@
 """The state in a checkpoint: what is written is what is read, to the last bit, or an error that says what is wrong."""
 
+import json
 import os
 import random
 from dataclasses import replace
@@ -15,7 +16,7 @@ from llamafactory_ogpsa.subspace import assign_groups, orthonormalise_
 
 
 MADE_BY = {"ogpsa_scope": "parameter", "ogpsa_dataset": ["a", "b"]}
-STATE = RunState(5, 3, None, 2, {"a": 0.1, "b": 1 / 3}, MADE_BY)
+STATE = RunState(5, 3, None, 2, {"a": 0.1, "b": 1 / 3}, MADE_BY, idle_steps=4)
 BASIS = "ogpsa_state-00000-of-00001.safetensors"
 
 
@@ -59,6 +60,17 @@ def test_a_basis_can_be_left_out_and_replaces_one_that_was_there(tmp_path):
     assert load_state(tmp_path, 6, MADE_BY, engine, allocate) == (replace(STATE, step=6), None, None)
     (tmp_path / STATE_NAME).unlink()
     assert load_state(tmp_path, 6, MADE_BY, engine, allocate) is None
+
+
+def test_a_state_of_before_the_idle_steps_were_kept_is_read(tmp_path):
+    engine, subspace, allocate = make_run()
+    save_state(tmp_path, STATE, subspace, engine, writes=True)
+    content = json.loads((tmp_path / STATE_NAME).read_text())
+    assert content.pop("idle_steps") == 4
+    (tmp_path / STATE_NAME).write_text(json.dumps(content))
+    state, basis, _ = load_state(tmp_path, 5, MADE_BY, engine, allocate)
+    assert state == replace(STATE, idle_steps=0, pieces=1)
+    assert len(basis) == len(subspace.basis)
 
 
 def test_a_process_that_does_not_write_leaves_the_folder_alone(tmp_path):

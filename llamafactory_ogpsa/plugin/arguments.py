@@ -13,98 +13,59 @@ FINETUNING_TYPES = ("full", "lora", "freeze", "oft")
 MAX_RANK = 32
 
 
+def _option(text: str) -> Any:
+    """Return the field of an option, whose help tells the default that `resolve` fills in."""
+    # Shows nothing, and keeps argparse from telling the field's own default, which is None, beside it.
+    return field(default=None, metadata={"help": text + "%(default).0s"})
+
+
 @dataclass
 class OgpsaArguments:
     r"""Arguments pertaining to OGPSA (arXiv 2602.07892). All are None unless given: see `resolve`."""
 
-    ogpsa_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "The name of the general-capability dataset(s) whose gradients OGPSA preserves, one capability each. "
-                "Use commas to separate multiple datasets. Required by OGPSA."
-            )
-        },
+    ogpsa_dataset: str | None = _option(
+        "The name of the general-capability dataset(s) whose gradients OGPSA preserves, one capability each. "
+        "Use commas to separate multiple datasets. Required by OGPSA."
     )
-    ogpsa_num_samples: int | None = field(
-        default=None,
-        metadata={"help": "The first N samples of each OGPSA dataset are used (default: 200)."},
+    ogpsa_num_samples: int | None = _option("The first N samples of each OGPSA dataset are used (default: 200).")
+    ogpsa_refresh_samples: int | None = _option(
+        "The number of samples per OGPSA dataset and refresh, taken in turn from the first `ogpsa_num_samples` "
+        "(default: all of them every time)."
     )
-    ogpsa_refresh_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "The number of samples per OGPSA dataset and refresh, taken in turn from the first "
-                "`ogpsa_num_samples` (default: all of them every time)."
-            )
-        },
+    ogpsa_update_interval: int | None = _option(
+        "The number of optimizer steps between two refreshes (default: 5 for DPO and KTO, else 30)."
     )
-    ogpsa_update_interval: int | None = field(
-        default=None,
-        metadata={
-            "help": "The number of optimizer steps between two refreshes (default: 5 for DPO and KTO, else 30)."
-        },
+    ogpsa_rank: int | None = _option(
+        "The most directions kept in the subspace (default: one per OGPSA dataset). "
+        "More of them split the samples of each dataset."
     )
-    ogpsa_rank: int | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "The most directions kept in the subspace (default: one per OGPSA dataset). "
-                "More of them split the samples of each dataset."
-            )
-        },
+    ogpsa_scope: Literal["parameter", "global"] | None = _option(
+        "Whether each parameter tensor has a subspace of its own or all trainable parameters share one "
+        "(default: parameter)."
     )
-    ogpsa_scope: Literal["parameter", "global"] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Whether each parameter tensor has a subspace of its own or all trainable parameters share one "
-                "(default: parameter)."
-            )
-        },
+    ogpsa_method: Literal["orthogonal", "conflict", "monitor"] | None = _option(
+        "`orthogonal` removes the whole component in the subspace, `conflict` only what raises a reference loss, "
+        "`monitor` measures it and changes nothing (default: orthogonal)."
     )
-    ogpsa_method: Literal["orthogonal", "conflict", "monitor"] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "`orthogonal` removes the whole component in the subspace, `conflict` only what raises a reference "
-                "loss, `monitor` measures it and changes nothing (default: orthogonal)."
-            )
-        },
+    ogpsa_loss: Literal["stage", "sft"] | None = _option(
+        "The reference loss: that of the training stage, or the SFT loss, for datasets without rankings in the DPO "
+        "and KTO stages (default: stage)."
     )
-    ogpsa_loss: Literal["stage", "sft"] | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "The reference loss: that of the training stage, or the SFT loss, for datasets without rankings in "
-                "the DPO and KTO stages (default: stage)."
-            )
-        },
+    ogpsa_batch_size: int | None = _option(
+        "The batch size of the reference passes (default: `per_device_train_batch_size`)."
     )
-    ogpsa_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "The batch size of the reference passes (default: `per_device_train_batch_size`)."},
+    ogpsa_basis_device: Literal["auto", "accelerator", "cpu"] | None = _option(
+        "Where the basis is kept; `auto` decides by the free memory (default: auto)."
     )
-    ogpsa_basis_device: Literal["auto", "accelerator", "cpu"] | None = field(
-        default=None,
-        metadata={"help": "Where the basis is kept; `auto` decides by the free memory (default: auto)."},
+    ogpsa_basis_dtype: Literal["auto", "float32", "bfloat16"] | None = _option(
+        "The precision of the basis; `auto` is that of the gradients (default: auto)."
     )
-    ogpsa_basis_dtype: Literal["auto", "float32", "bfloat16"] | None = field(
-        default=None,
-        metadata={"help": "The precision of the basis; `auto` is that of the gradients (default: auto)."},
+    ogpsa_kernel: Literal["auto", "triton", "torch"] | None = _option(
+        "The implementation of the projection; `auto` is Triton where it runs (default: auto)."
     )
-    ogpsa_kernel: Literal["auto", "triton", "torch"] | None = field(
-        default=None,
-        metadata={"help": "The implementation of the projection; `auto` is Triton where it runs (default: auto)."},
-    )
-    ogpsa_save_state: bool | None = field(
-        default=None,
-        metadata={
-            "help": (
-                "Whether checkpoints hold the basis, so that a resumed run ends as an uninterrupted one; otherwise it is "
-                "computed anew where training resumes (default: true)."
-            )
-        },
+    ogpsa_save_state: bool | None = _option(
+        "Whether checkpoints hold the basis, so that a resumed run ends as an uninterrupted one; otherwise it is "
+        "computed anew where training resumes (default: true)."
     )
 
 
@@ -160,6 +121,9 @@ def resolve(arguments: Any) -> None:
 
     for name in _SWITCHES:
         value = getattr(arguments, name)
+        if value in ("true", "false"):
+            value = value == "true"
+            setattr(arguments, name, value)
         if value is not None and not isinstance(value, bool):
             raise ValueError(f"`{name}` is {value!r}; allowed: true, false.")
 
@@ -292,9 +256,11 @@ def extend(stock: type) -> type:
             else:
                 given = [name for name in OPTIONS if getattr(self, name) is not None]
                 if given:
+                    change = f"change `stage: {given_stage}` to `stage: {PREFIX}{given_stage}`, or "
                     raise ValueError(
                         f"`{given[0]}` is {getattr(self, given[0])!r}, but neither `stage` ({given_stage}) nor "
-                        f"`finetuning_type` ({given_type}) asks for OGPSA; allowed with it: e.g. stage ogpsa_sft."
+                        f"`finetuning_type` ({given_type}) asks for OGPSA; "
+                        f"{change if given_stage in STAGES else ''}remove {', '.join(f'`{name}`' for name in given)}."
                     )
             super().__post_init__()
 

@@ -187,6 +187,28 @@ LOCALES = {
             "info": "部分空間の保存先。auto は空きメモリに応じて決まります。",
         },
     },
+    "ogpsa_save_state": {
+        "en": {
+            "label": "Save OGPSA state",
+            "info": "Checkpoints hold the subspace, so that a resumed run ends as an uninterrupted one.",
+        },
+        "ru": {
+            "label": "Сохранять состояние OGPSA",
+            "info": "Подпространство хранится в контрольных точках: возобновлённый запуск даёт тот же результат.",
+        },
+        "zh": {
+            "label": "保存 OGPSA 状态",
+            "info": "检查点中保存子空间，使续训结果与不间断训练一致。",
+        },
+        "ko": {
+            "label": "OGPSA 상태 저장",
+            "info": "체크포인트에 부분 공간을 저장하여, 재개한 학습이 중단 없는 학습과 같은 결과를 냅니다.",
+        },
+        "ja": {
+            "label": "OGPSA の状態を保存",
+            "info": "チェックポイントに部分空間を保存し、再開後も中断なしの学習と同じ結果になります。",
+        },
+    },
 }
 
 ALERTS = {

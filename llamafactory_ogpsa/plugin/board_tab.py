@@ -50,6 +50,7 @@ def create_ogpsa_tab() -> dict[str, "Component"]:
             ogpsa_method = gr.Dropdown(choices=["orthogonal", "conflict", "monitor"], value="orthogonal")
             ogpsa_loss = gr.Dropdown(choices=["stage", "sft"], value="stage")
             ogpsa_basis_device = gr.Dropdown(choices=["auto", "accelerator", "cpu"], value="auto")
+            ogpsa_save_state = gr.Checkbox(value=True)
 
     return dict(
         ogpsa_tab=ogpsa_tab,
@@ -61,6 +62,7 @@ def create_ogpsa_tab() -> dict[str, "Component"]:
         ogpsa_method=ogpsa_method,
         ogpsa_loss=ogpsa_loss,
         ogpsa_basis_device=ogpsa_basis_device,
+        ogpsa_save_state=ogpsa_save_state,
     )
 
 
@@ -138,9 +140,12 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
     Args:
         panel: the values of the accordion's elements, by option.
     """
-    options = {**panel, "ogpsa_dataset": ",".join(panel["ogpsa_dataset"] or [])}
+    # "false" as a word: LlamaBoard leaves a False out of its commands, and what is left out is true.
+    options = {**panel, "ogpsa_dataset": ",".join(panel["ogpsa_dataset"] or []), "ogpsa_save_state": "false"}
     if not panel["ogpsa_rank"]:
         del options["ogpsa_rank"]
+    if panel["ogpsa_save_state"]:
+        del options["ogpsa_save_state"]
     return options
 
 

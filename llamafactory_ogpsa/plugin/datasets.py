@@ -12,6 +12,15 @@ from ..reference import ReferenceSet, preserve_random_state
 # What `get_dataset` calls the data of each training stage.
 _DATA_STAGES = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm", "kto": "kto"}
 
+# How LLaMA-Factory and the datasets library say that there was nothing to go on with.
+_EMPTY = (
+    "StopIteration",
+    "Cannot find valid samples",
+    "Cannot find sufficient samples",
+    "corresponds to no data",
+    "at least one example when writing",
+)
+
 
 def reference_data_args(data_args: Any, name: str, num_samples: int) -> Any:
     """Return the run's data arguments, changed to load the first `num_samples` records of one reference set.
@@ -36,6 +45,13 @@ def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int
         if key in sample:
             return sum(label != -100 for label in sample[key][1:])
     return sum(token != pad_token_id for token in sample["input_ids"][1:])
+
+
+def found_no_record(err: BaseException | None) -> bool:
+    """Tell whether loading a set failed because it has no record, or none that was converted."""
+    if err is None:
+        return False
+    return any(words in f"{type(err).__name__}: {err}" for words in _EMPTY) or found_no_record(err.__cause__)
 
 
 def load_reference_sets(
@@ -74,13 +90,15 @@ def load_reference_sets(
         arguments = reference_data_args(data_args, name, finetuning_args.ogpsa_num_samples)
         no_sample = ValueError(
             f"`ogpsa_dataset` has {name!r}, none of whose first {finetuning_args.ogpsa_num_samples} records gives a "
-            f"token to learn at cutoff_len {data_args.cutoff_len}; allowed: a set with at least one usable record."
+            f"token to learn at cutoff_len {data_args.cutoff_len}; allowed: a set with at least one usable record. "
+            "Likely causes: the file has no records; they have no answers where `columns` and `tags` in "
+            "dataset_info.json look for them; or `cutoff_len` is too small, so that nothing is left of the answers."
         )
         with preserve_random_state(torch.device("cpu")):
             try:
                 module = get_dataset(template, model_args, arguments, training_args, data_stage, tokenizer, processor)
             except Exception as err:
-                if isinstance(err, StopIteration) or str(err).startswith("Cannot find"):
+                if found_no_record(err):
                     raise no_sample from err
                 raise ValueError(
                     f"`ogpsa_dataset` has {name!r}, which cannot be read ({type(err).__name__}: {err}); allowed: a set "

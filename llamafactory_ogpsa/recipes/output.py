@@ -1,7 +1,7 @@
 """Writing samples where LLaMA-Factory finds them: JSON files and their entries in dataset_info.json.
 
-Each file is written under a temporary name and renamed, dataset_info.json last: whenever the process is killed, each
-name is that of a whole file, and what dataset_info.json names is there.
+All files are written under temporary names before the first of them gets its own, dataset_info.json last: what fails
+while it is written changes nothing, and whenever the process is killed, dataset_info.json names only whole files.
 """
 
 import fcntl
@@ -53,9 +53,8 @@ def write(folder: Path, recipe: str, train: list[Sample], held_out: list[Sample]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         info = merge(read_info(folder / INFO), {name: entry_of(name, kind) for name, (kind, _) in files.items()})
-        for name, (kind, samples) in files.items():
-            replace(folder / f"{name}.json", dump_records(samples, kind))
-        replace(folder / INFO, [json.dumps(info, indent=2, ensure_ascii=False), "\n"])
+        contents = {f"{name}.json": dump_records(samples, kind) for name, (kind, samples) in files.items()}
+        replace_all(folder, {**contents, INFO: [json.dumps(info, indent=2, ensure_ascii=False), "\n"]})
     return {name: len(samples) for name, (_, samples) in files.items()}
 
 
@@ -104,17 +103,25 @@ def dump_records(samples: list[Sample], kind: str) -> Iterator[str]:
     yield "\n]\n"
 
 
-def replace(path: Path, parts: Iterable[str]) -> None:
-    """Write a file under a temporary name, then give it its own."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def replace_all(folder: Path, contents: dict[str, Iterable[str]]) -> None:
+    """Write files under temporary names; once all are written, give them their own, in the order of `contents`.
+
+    Args:
+        folder: locked by the caller, so that what has a temporary name can only be left from a process that was killed.
+        contents: the parts of each file's text by its name.
+    """
+    temporary = {name: folder / f".{name}.tmp" for name in contents}
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as f:
-            f.writelines(parts)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        for name, parts in contents.items():
+            with open(temporary[name], "w", encoding="utf-8", newline="\n") as f:
+                f.writelines(parts)
+                f.flush()
+                os.fsync(f.fileno())
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def prepare(
         what was kept and dropped.
 
     Raises:
-        RecipeError: the data cannot be used; says why.
+        RecipeError: the data cannot be used, or the output not be written; says why.
     """
     recipe, drops = RECIPES[name], Counter()
     source = source or recipe.hub_id
@@ -130,5 +130,8 @@ def prepare(
         raise RecipeError(f"{source}: none of the {len(dataset)} records can be used ({reasons}).")
 
     train, held_out = split(samples, num_samples or recipe.num_samples, seed, drops)
-    counts = write(Path(output), name, train, held_out)
+    try:
+        counts = write(Path(output), name, train, held_out)
+    except OSError as err:
+        raise RecipeError(f"cannot write to {output}: {err}.") from err
     return Report(source, Path(output), len(dataset), drops, counts)

@@ -2,14 +2,13 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import OGPSA, read_rows
+from conftest import OGPSA, free_port, read_rows
 
 
 pytestmark = pytest.mark.cli
@@ -27,12 +26,6 @@ config = {"args": yaml.safe_load(open(sys.argv[1])), "callbacks": []}
 ray.get(worker._training_function.remote(config=config))
 ray.shutdown()
 """
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return str(sock.getsockname()[1])
 
 
 def start(command, config, **env):

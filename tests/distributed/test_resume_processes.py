@@ -1,7 +1,6 @@
 """Two gloo processes, one of which is killed or has values that are not finite."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import OGPSA, load_weights, read_rows
+from conftest import OGPSA, free_port, load_weights, read_rows
 from test_processes import TWO, on_two
 
 
@@ -35,10 +34,7 @@ def train_on_two(args, tmp_path, script, *words):
     """Run two processes of a script on a YAML made of `args`."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(args))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
     command = [*launcher, str(script), str(config), *words]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TWO})
 

@@ -44,7 +44,15 @@ CASES = [
     ({"ogpsa_basis_dtype": "float16"}, "`ogpsa_basis_dtype` is 'float16'; allowed: auto, float32, bfloat16"),
     ({"ogpsa_kernel": "cuda"}, "`ogpsa_kernel` is 'cuda'; allowed: auto, triton, torch"),
     ({"ogpsa_save_state": "sometimes"}, "`ogpsa_save_state` is 'sometimes'; allowed: true, false"),
-    ({"stage": "sft"}, "`ogpsa_dataset` is 'helpful,truthful', but neither `stage` \\(sft\\)"),
+    *[
+        (
+            {"stage": stage, "ogpsa_update_interval": None},
+            f"`ogpsa_dataset` is 'helpful,truthful', but neither `stage` \\({stage}\\) nor `finetuning_type` "
+            f"\\(full\\) asks for OGPSA; change `stage: {stage}` to `stage: ogpsa_{stage}`, or remove `ogpsa_dataset`\\.",
+        )
+        for stage in ("pt", "sft", "rm", "dpo", "kto")
+    ],
+    ({"stage": "ppo"}, "asks for OGPSA; remove `ogpsa_dataset`, `ogpsa_update_interval`\\."),
     ({"stage": "ogpsa_ppo"}, "`stage` is 'ogpsa_ppo'; allowed: ogpsa_pt, ogpsa_sft"),
     ({"stage": "ppo", "finetuning_type": "ogpsa_full"}, "`stage` is 'ppo'.*OGPSA does not support"),
     ({"finetuning_type": "ogpsa_galore"}, "`finetuning_type` is 'ogpsa_galore'; allowed: .*ogpsa_full"),
@@ -59,20 +67,6 @@ CASES = [
     ({"dataset_dir": "nowhere"}, "`dataset_dir` is 'nowhere'; allowed: a folder with a dataset_info.json"),
     ({"cutoff_len": 1}, "'helpful', none of whose first 200 records gives a token to learn at cutoff_len 1"),
 ]
-
-
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail the test if a model is loaded."""
-    from llamafactory.train.dpo import workflow as dpo
-    from llamafactory.train.kto import workflow as kto
-    from llamafactory.train.sft import workflow as sft
-
-    def load_model(*args, **kwargs):
-        raise AssertionError("the model was loaded")
-
-    for module in (sft, dpo, kto):
-        monkeypatch.setattr(module, "load_model", load_model)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -100,15 +94,30 @@ def test_other_backends_are_refused(base_args, monkeypatch, variable, backend):
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_set_without_a_usable_record_is_refused(base_args, data_dir, tmp_path):
+@pytest.mark.parametrize(
+    ("records", "entry"),
+    [
+        ('[{"instruction": "p", "input": "", "output": null}]', {}),
+        (
+            '[{"conversations": [{"from": "i", "value": "p"}, {"from": "you", "value": "a"}]}]',
+            {"formatting": "sharegpt"},
+        ),
+        ("[]", {}),
+        ("", {}),
+    ],
+    ids=["no answer", "other tags", "empty list", "empty file"],
+)
+def test_a_set_without_a_usable_record_is_refused_with_the_likely_causes(
+    base_args, data_dir, tmp_path, records, entry
+):
     broken = tmp_path / "data"
     shutil.copytree(data_dir, broken)
     info = json.loads((broken / "dataset_info.json").read_text())
-    (broken / "odd.json").write_text(json.dumps([{"instruction": "", "input": "", "output": None}] * 3))
-    info["odd"] = {"file_name": "odd.json"}
+    (broken / "odd.json").write_text(records)
+    info["odd"] = {"file_name": "odd.json", **entry}
     (broken / "dataset_info.json").write_text(json.dumps(info))
     args = {**base_args, **OGPSA, "dataset_dir": str(broken), "ogpsa_dataset": "helpful,odd"}
-    with pytest.raises(ValueError, match="`ogpsa_dataset` has 'odd', none of whose"):
+    with pytest.raises(ValueError, match="`ogpsa_dataset` has 'odd', none of whose.*Likely causes: .*`cutoff_len`"):
         run_here(args)
 
 

@@ -110,3 +110,14 @@ def test_a_run_whose_gradient_is_inside_the_subspace_is_warned_once(base_args, s
     initial, weights = load_weights(args["model_name_or_path"]), load_weights(args["output_dir"])
     # No weight moves further than AdamW moves one by its learning rate, whatever rounding leaves of the gradient.
     assert all((weights[name] - initial[name]).abs().max() < 8 * 0.001 for name in weights)
+
+
+def test_a_resumed_run_is_warned_when_the_uninterrupted_one_is(base_args, said, tmp_path):
+    args = {**base_args, **OGPSA, "ogpsa_dataset": "safety", "ogpsa_update_interval": 1, "max_steps": 7}
+    args |= {"per_device_train_batch_size": 24, "learning_rate": 0.001}
+    run_here({**args, "save_strategy": "steps", "save_steps": 1})
+    # The warning comes at step 5: to a run that begins at 3, where a new count would not get to five, and to none later.
+    for step, warnings in [(3, 2), (5, 2)]:
+        checkpoint = f"{args['output_dir']}/checkpoint-{step}"
+        run_here({**args, "output_dir": str(tmp_path / f"from-{step}"), "resume_from_checkpoint": checkpoint})
+        assert len([message for message in said() if "has removed more than 99%" in message]) == warnings

@@ -1,5 +1,6 @@
 """`llamafactory-ogpsa prepare`: from raw files to files that LLaMA-Factory reads, or one sentence that says why not."""
 
+import errno
 import json
 import os
 import random
@@ -277,11 +278,41 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path, call, count):
     command = [sys.executable, "-c", WRITE, str(tmp_path), call]
     assert subprocess.run([*command, str(count)]).returncode == -signal.SIGKILL
     assert json.loads((tmp_path / "dataset_info.json").read_text()) == before
-    for file in tmp_path.glob("safety_*.json"):
+    written = list(tmp_path.glob("safety_*.json"))
+    assert len(written) == (0 if call == "fsync" else count - 1)
+    for file in written:
         assert [record["instruction"][:3] for record in json.loads(file.read_text())] in (["new"] * 4, ["new"])
 
     assert subprocess.run([*command, "99"]).returncode == 0
     assert list(json.loads((tmp_path / "dataset_info.json").read_text())) == ["mine", *names_of("safety")]
+    assert {file.stem for file in tmp_path.iterdir()} == {"dataset_info", *names_of("safety")}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_write_that_fails_leaves_the_folder_as_it_was(raw, tmp_path, monkeypatch, capsys, error, count):
+    assert prepare("safety", raw["safety"], tmp_path, "--seed", "1") == 0
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    stock, written = os.fsync, []
+
+    def fail(descriptor):
+        stock(descriptor)
+        written.append(descriptor)
+        if len(written) == count:
+            raise error
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if isinstance(error, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            prepare("safety", raw["safety"], tmp_path, "--seed", "2")
+    else:
+        assert prepare("safety", raw["safety"], tmp_path, "--seed", "2") == 2
+        assert f"cannot write to {tmp_path}: [Errno 28] No space left on device." in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    monkeypatch.undo()
+    assert prepare("safety", raw["safety"], tmp_path, "--seed", "2") == 0
+    assert (tmp_path / "safety_sft.json").read_bytes() != before["safety_sft.json"]
 
 
 def test_preparations_at_once_lose_no_entry(tmp_path):

@@ -76,6 +76,15 @@ def test_every_recipe_is_there_and_nothing_else():
     assert {path.name for path in YAMLS} == NAMES
 
 
+def test_the_merge_in_the_docs_is_of_a_recipe_and_its_base_model():
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    merge = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])
+    recipe = yaml.safe_load((RECIPES / "qwen2_5_7b_full_sft_naive.yaml").read_text())
+    assert merge["merge_method"] == "linear"
+    assert [item["model"] for item in merge["models"]] == [recipe["model_name_or_path"], recipe["output_dir"]]
+    assert [item["parameters"] for item in merge["models"]] == [{"weight": 0.5}] * 2
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
 def test_llamafactory_parses_the_recipe_with_the_papers_settings(path, prepared, models, tmp_path):
     from llamafactory.hparams import get_train_args

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 
 
 CHROMIUM_FLAGS = [
@@ -40,12 +40,6 @@ def find_chromium():
     return path, playwright.sync_playwright
 
 
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @contextmanager
 def serve(folder, **env):
     """Serve LlamaBoard from a folder, which takes its settings and runs, until the context is left."""
@@ -54,7 +48,7 @@ def serve(folder, **env):
     env = {
         **os.environ,
         "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_SERVER_PORT": port,
         "GRADIO_SERVER_NAME": "127.0.0.1",
         "GRADIO_ANALYTICS_ENABLED": "False",
         "BROWSER": "true",

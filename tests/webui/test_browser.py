@@ -207,9 +207,11 @@ def test_arguments_are_saved_and_loaded(context, server, page, model_dir, data_d
     board.prepare(page, model_dir, data_dir, general=GENERAL)
     board.fill(page, "Samples per set", 77)
     board.choose(page, "Basis device", "cpu")
+    page.get_by_label("Save OGPSA state").uncheck()
     board.fill(page, "Config path", "mine.yaml")
     page.keyboard.press("Enter")
     before = board.parse(board.preview(page, "ogpsa_sft"))
+    assert before["ogpsa_save_state"] == "false"
     board.press(page, "Save arguments")
     page.get_by_text("Arguments have been saved at").wait_for()
 

@@ -102,6 +102,7 @@ PANEL = {
     "ogpsa_method": "orthogonal",
     "ogpsa_loss": "stage",
     "ogpsa_basis_device": "auto",
+    "ogpsa_save_state": True,
 }
 SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
 
@@ -111,6 +112,7 @@ SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
     [
         (SFT, {}, ""),
         (SFT, {"ogpsa_rank": 5}, ""),
+        (SFT, {"ogpsa_save_state": False}, ""),
         (SFT, {"ogpsa_dataset": []}, "Please choose at least one general set"),
         (SFT, {"ogpsa_dataset": None}, "Please choose at least one general set"),
         (SFT, {"ogpsa_dataset": ["helpful", "x"]}, "not in dataset_info.json: x."),
@@ -136,6 +138,40 @@ def test_wrong_options_are_named(board, data_dir, stage, changes, message):
     error = board.find_error(panel, stage, changes.get("dataset_dir", data_dir), changes.get("use_badam", False), "en")
     assert message in error
     assert bool(error) is bool(message)
+
+
+def test_every_element_is_an_option_with_its_default(board):
+    import gradio as gr
+
+    from llamafactory_ogpsa.plugin.arguments import OPTIONS
+    from llamafactory_ogpsa.plugin.board_locales import LOCALES
+
+    with gr.Blocks():
+        tab = board.create_ogpsa_tab()
+    assert set(tab) == set(LOCALES)
+    assert set(tab) - {"ogpsa_tab"} <= set(OPTIONS)
+    assert {name: elem.value for name, elem in tab.items() if name in PANEL} == {**PANEL, "ogpsa_dataset": []}
+
+
+@pytest.mark.parametrize("save_state", [True, False])
+def test_the_options_of_the_accordion_are_those_of_the_run(board, base_args, tmp_path, save_state):
+    """Through LlamaBoard's own files and commands, which leave out what is False."""
+    import yaml
+    from llamafactory.hparams.parser import get_train_args
+    from llamafactory.webui.common import gen_cmd, save_cmd
+
+    options = board.options_of({**PANEL, "ogpsa_save_state": save_state})
+    args = {**base_args, "stage": "ogpsa_sft", **options}
+    with open(save_cmd(args), encoding="utf-8") as f:
+        from_file = get_train_args(yaml.safe_load(f))[3]
+    words = gen_cmd(args).replace("\\\n", " ").split()
+    from_command = get_train_args(words[words.index("train") + 1 : words.index("```")])[3]
+    for arguments in (from_file, from_command):
+        assert arguments.ogpsa_save_state is save_state
+        assert arguments.ogpsa_dataset == PANEL["ogpsa_dataset"]
+        assert arguments.ogpsa_rank is None
+        for name in set(PANEL) - {"ogpsa_dataset", "ogpsa_rank", "ogpsa_save_state"}:
+            assert getattr(arguments, name) == PANEL[name]
 
 
 def test_every_text_is_there_in_every_language_of_llamaboard():
