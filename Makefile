@@ -12,7 +12,7 @@ demo: $(STAMP)
 
 # All of benchmarks/alignment_tax/lab.yaml; with QUICK=1 a small part. An interrupted lab goes on where it stopped.
 lab: $(STAMP)
-	$(BIN)/python -m benchmarks.alignment_tax $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.alignment_tax $(if $(filter-out 0,$(QUICK)),--quick)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

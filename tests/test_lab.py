@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.alignment_tax import HERE, data, report  # noqa: E402
-from benchmarks.alignment_tax.plan import Plan, reference_samples, write_yaml  # noqa: E402
-from benchmarks.alignment_tax.results import Results  # noqa: E402
+from benchmarks.alignment_tax.plan import Plan, write_yaml  # noqa: E402
+from benchmarks.alignment_tax.results import Results, count_samples  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,18 @@ def test_reference_sets_have_the_same_size_and_lack_what_they_say(sets):
     assert {len(sets[name]) for name in names} == {200}
     for name in names:
         if "_without_" in name:
-            assert name.split("_without_")[1] not in {rec["task"] for rec in sets[name]}
+            whole, task = name.split("_without_")
+            assert task not in {rec["task"] for rec in sets[name]}
+            assert {rec["instruction"] for rec in sets[whole] if rec["task"] != task} < prompts(sets[name])
+
+
+def test_held_out_sums_are_asked_in_no_order(sets):
+    def addends(name):
+        found = [re.findall(r"\d+", rec["instruction"]) for rec in sets[name] if rec["task"] == "add"]
+        return {tuple(sorted(map(int, numbers))) for numbers in found}
+
+    assert len(addends("heldout_general")) == data.HELD_OUT["add"]
+    assert not addends("heldout_general") & (addends("general_base") | addends("general_truthful"))
 
 
 def test_a_wrong_answer_is_wrong(sets):
@@ -69,16 +83,15 @@ def test_parents_come_first_and_equal_runs_are_one(plan):
         assert run.folder not in seen
         seen.add(run.folder)
     compared = {point.runs[-1].folder for point in plan.comparison}
-    same = [
-        point.runs[-1].folder for point in plan.studies["interval"] if point.setting == (("ogpsa_update_interval", 5),)
-    ]
-    assert len(same) == len(plan.spec["seeds"])
-    assert compared.issuperset(same)
+    for study, setting in (("interval", {"ogpsa_update_interval": 5}), ("lora", {"stage": "sft"})):
+        same = [point.runs[-1].folder for point in plan.studies[study] if dict(point.setting) == setting]
+        assert same
+        assert compared.issuperset(same)
 
 
 def test_a_changed_definition_is_another_run_and_so_is_what_starts_from_it(tmp_path):
     spec = yaml.safe_load((HERE / "lab.yaml").read_text())
-    spec["stages"]["sft"]["max_steps"] += 1
+    spec["stages"]["sft"]["warmup_ratio"] = 0.2
     path = tmp_path / "lab.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
     before, after = Plan(HERE / "lab.yaml", "a key"), Plan(path, "a key")
@@ -89,23 +102,37 @@ def test_a_changed_definition_is_another_run_and_so_is_what_starts_from_it(tmp_p
     }
 
 
+STUDY = {"title": "A", "axis": "cost", "pipeline": "SFT", "methods": ["LoRA"], "settings": [{}]}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"sedes": [1]}, "Unknown section 'sedes'"),
-        ({"studies": {"a": {"pipeline": "KTO", "methods": ["LoRA"], "settings": [{}]}}}, "Unknown pipeline 'KTO'"),
-        ({"studies": {"a": {"pipeline": "SFT", "methods": ["lora"], "settings": [{}]}}}, "Unknown method 'lora'"),
-        ({"studies": {"a": {"pipeline": "SFT", "method": ["LoRA"]}}}, "Unknown key of a study 'method'"),
+        ({"seeds": None}, "Missing section 'seeds'"),
+        ({"reference": "naive"}, "Unknown method 'naive'"),
+        ({"studies": {"a": STUDY | {"pipeline": "KTO"}}}, "Unknown pipeline 'KTO'"),
+        ({"studies": {"a": STUDY | {"settings": [{"learning_rate": 1.0}], "methods": ["lora"]}}}, "method 'lora'"),
+        ({"studies": {"a": STUDY | {"method": ["LoRA"]}}}, "Unknown key of a study 'method'"),
+        ({"studies": {"a": {key: STUDY[key] for key in ("title", "axis")}}}, "Missing key of a study 'methods'"),
+        ({"studies": {"a": STUDY | {"axis": "learning_rate"}}}, "Unknown option varied by a study 'learning_rate'"),
+        ({"studies": {"a": STUDY | {"seeds": [4]}}}, "Unknown seed 4"),
+        ({"methods": {"naive tuning": {"sft": {}}}, "studies": {}}, "Missing stage of a method 'dpo'"),
+        (
+            {"studies": {"a": STUDY | {"methods": ["merged with the base"], "settings": [{"learning_rate": 1.0e-5}]}}},
+            "Unknown option of a merging 'learning_rate'",
+        ),
     ],
 )
-def test_unknown_names_are_refused(change, message, tmp_path):
+def test_a_list_of_runs_with_a_mistake_is_refused(change, message, tmp_path):
+    spec = yaml.safe_load((HERE / "lab.yaml").read_text()) | change
     path = tmp_path / "lab.yaml"
-    path.write_text(yaml.safe_dump(yaml.safe_load((HERE / "lab.yaml").read_text()) | change))
+    path.write_text(yaml.safe_dump({name: section for name, section in spec.items() if section is not None}))
     with pytest.raises(ValueError, match=message):
         Plan(path, "")
 
 
-def test_llamafactory_takes_the_options_of_every_run(plan, tmp_path, monkeypatch):
+def test_llamafactory_takes_the_options_of_every_run(plan, tmp_path):
     from llamafactory.hparams import get_train_args
 
     taken = set()
@@ -116,23 +143,26 @@ def test_llamafactory_takes_the_options_of_every_run(plan, tmp_path, monkeypatch
         options = yaml.safe_load((tmp_path / "run.yaml").read_text())
         key = json.dumps({k: v for k, v in run.options.items() if k != "seed"}, sort_keys=True)
         if key not in taken:
-            parsed = get_train_args({**options, "use_cpu": True, "output_dir": str(tmp_path / "out")})
+            parsed = get_train_args({**options, "output_dir": str(tmp_path / "out")})
             assert parsed[3].ogpsa_enabled == options["stage"].startswith("ogpsa_")
             taken.add(key)
     assert len(taken) > 50
 
 
-def test_reference_samples_are_counted():
-    options = {"stage": "ogpsa_sft", "ogpsa_dataset": "a,b", "ogpsa_num_samples": 200, "ogpsa_update_interval": 30}
-    assert reference_samples({**options, "max_steps": 200}) == 7 * 400  # before steps 1, 31, …, 181
-    assert reference_samples({**options, "max_steps": 60, "ogpsa_refresh_samples": 50}) == 2 * 100
-    assert reference_samples({"stage": "sft", "max_steps": 60}) == 0
+def test_safety_and_general_samples_are_counted():
+    def result(reference_samples, *sizes):
+        return {"train_samples": 240, "reference_samples": reference_samples, "dataset_sizes": sizes}
+
+    assert count_samples(None, {}) == (0, 0)
+    assert count_samples({}, result(0, 800)) == (240, 0)
+    assert count_samples({}, result(400, 800)) == (240, 400)
+    assert count_samples({}, result(0, 800, 200, 200)) == (160, 80)
+    assert count_samples({"interleave_probs": "0.5,0.25,0.25"}, result(0, 800, 200, 200)) == (120, 120)
 
 
 SMALL = {
     "seeds": [1],
     "base": {"num_train_epochs": 1.0, "max_steps": 30},
-    "curves": {"sft": 2},
     "pipelines": {"SFT": ["sft"], "SFT → DPO": ["sft", "dpo"]},
     "studies": {
         "interval": {
@@ -153,17 +183,27 @@ SMALL = {
             "title": "Frontier",
             "axis": "cost",
             "pipeline": "SFT",
-            "methods": ["OGPSA, scope parameter"],
+            "methods": ["OGPSA, scope parameter", "conflict, scope global"],
             "settings": [{"ogpsa_update_interval": 5}, {"ogpsa_update_interval": 5, "ogpsa_refresh_samples": 4}],
+        },
+        "mixing": {
+            "title": "Mixing",
+            "axis": "cost",
+            "pipeline": "SFT",
+            "methods": ["general data mixed in"],
+            "settings": [{"mix_strategy": "interleave_over", "interleave_probs": "0.8,0.1,0.1"}],
         },
     },
 }
 
 
-def run_lab(folder, check=True):
+def lab_command(folder):
     command = [sys.executable, "-m", "benchmarks.alignment_tax", "--plan", str(folder / "lab.yaml")]
-    command += ["--lab-dir", str(folder / "lab"), "--output", str(folder / "out"), "--jobs", "2"]
-    return subprocess.run(command, cwd=ROOT, check=check, capture_output=True, text=True)
+    return [*command, "--lab-dir", str(folder / "lab"), "--output", str(folder / "out"), "--jobs", "2"]
+
+
+def run_lab(folder, check=True):
+    return subprocess.run(lab_command(folder), cwd=ROOT, check=check, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -173,20 +213,38 @@ def small_spec():
     for name, changes in SMALL.items():
         spec[name] = {**spec[name], **changes} if name == "base" else changes
     for stage in spec["stages"].values():
-        stage["max_steps"] = 5
-    methods = ["naive tuning", "LoRA", "merged with the base", "OGPSA, scope parameter"]
+        stage |= {"max_steps": 5, "save_steps": 2}
+    methods = ["naive tuning", "LoRA", "merged with the base", "general data mixed in"]
+    methods += ["OGPSA, scope parameter", "conflict, scope global"]
     spec["methods"] = {name: spec["methods"][name] for name in methods}
+    for method in methods[-2:]:
+        for stage in ("sft", "dpo"):
+            spec["methods"][method][stage] |= {"ogpsa_num_samples": 20, "logging_steps": 1}
     for stage in ("sft", "dpo"):
-        spec["methods"]["OGPSA, scope parameter"][stage] |= {"ogpsa_num_samples": 20, "logging_steps": 1}
+        spec["methods"]["general data mixed in"][stage]["max_steps"] = 5
     return spec
 
 
 @pytest.fixture(scope="module")
 def lab(small_spec, tmp_path_factory):
-    """A lab of a few steps, from nothing."""
+    """A lab of a few steps, from nothing, that is killed while it makes its second run and started again."""
     folder = tmp_path_factory.mktemp("lab")
     (folder / "lab.yaml").write_text(yaml.safe_dump(small_spec, sort_keys=False))
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(
+            lab_command(folder), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        deadline = time.monotonic() + 300
+        while not list((folder / "lab").glob("runs/sft-*/train.yaml")):
+            assert process.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    unfinished = next(path.parent for path in (folder / "lab").glob("runs/sft-*/train.yaml"))
+    assert not (unfinished / "result.json").exists()
     run_lab(folder)
+    assert (unfinished / "result.json").exists()
     return folder
 
 
@@ -196,27 +254,32 @@ SCORES = {
     "naive tuning": (0.65, 1.0, 0.9),
     "LoRA": (0.7, 1.0, 0.8),
     "merged with the base": (0.9, 0.5, 0.0),
+    "general data mixed in": (0.85, 0.9, 0.0),
     "OGPSA, scope parameter": (0.86, 0.98, 0.3),
+    "conflict, scope global": (0.87, 0.98, 0.1),
 }
 
 
 def invent_results(plan, folder):
     """Write results as runs would leave them, of known scores."""
-    methods = {point.runs[-1].folder: point for point in (*plan.studies["frontier"], *plan.comparison)}
+    points = (*plan.studies["frontier"], *plan.comparison)
+    methods = {run.folder: point for point in points for run in point.runs if run is point.runs[-1]}
     for run in plan.runs.values():
         point = methods.get(run.folder)
         general, refusal, over_refusal = SCORES["base" if point is None else point.method]
-        samples = reference_samples(run.options) if run.options and "max_steps" in run.options else 0
-        if point is not None and ("ogpsa_refresh_samples", 4) in point.setting:
-            general -= 0.004  # cheaper, and nearly as good
+        options = run.options or {}
+        samples = 40 if options.get("stage", "").startswith("ogpsa_") else 0
+        if "ogpsa_refresh_samples" in options:  # cheaper, and nearly as good
+            general, samples = general - 0.004, 8
         scores = {"general": general, "refusal": refusal, "over_refusal": over_refusal, "tasks": {"add": general}}
         scores["refusal_kinds"] = dict.fromkeys(data.HELD_OUT_HARMFUL, refusal)
         scores["over_refusal_kinds"] = {"kind": over_refusal}
-        result = {"scores": scores, "seconds": 10.0 + samples / 100, "memory": 2**30 + samples, "curve": []}
-        result |= {"train_samples": 80 if run.options else 0, "reference_samples": samples, "dataset_sizes": [800]}
+        sizes = [800, 200, 200] if "," in options.get("dataset", "") else [800]
+        result = {"scores": scores, "seconds": 10.0 + samples, "memory": 2**30 + samples, "curve": []}
+        result |= {"train_samples": 80 if run.options else 0, "reference_samples": samples, "dataset_sizes": sizes}
         path = folder / run.folder / "train"
         path.mkdir(parents=True)
-        (path.parent / "result.json").write_text(json.dumps(result))
+        (path.parent / "result.json").write_text(json.dumps(result | {"made_by": {"torch": "1"}}))
         row = {"step": 5, "cosine": {"a": -0.5, "b": 0.1}, "projected_cosine": {"a": 0.0, "b": 0.0}}
         (path / "ogpsa_log.jsonl").write_text(json.dumps(row) + "\n")
 
@@ -226,21 +289,32 @@ def lines_of(text, start):
 
 
 def test_the_report_judges_by_the_means_and_finds_the_cheapest_setting(small_spec, tmp_path, monkeypatch):
-    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(small_spec | {"curves": {}}, sort_keys=False))
+    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(small_spec, sort_keys=False))
     plan = Plan(tmp_path / "lab.yaml", "a key")
     invent_results(plan, tmp_path / "lab")
     text = report.write(plan, tmp_path / "lab", tmp_path / "out").read_text()
-    ogpsa = lines_of(text, "| OGPSA, scope parameter | 0.860 | 70% |")  # (0.86 - 0.65) / (0.95 - 0.65)
-    assert len(ogpsa) == len(small_spec["pipelines"])
-    assert lines_of(text, "| naive tuning | 0.650 |  | 1.000 | 0.900 |")
-    assert lines_of(text, "- OGPSA, scope parameter: met")
-    cheapest = next(line for line in text.splitlines() if line.startswith("The cheapest setting"))
-    assert "update interval 5, refresh samples 4**, 0.10 reference samples" in cheapest
+    # (0.86 - 0.65) / (0.95 - 0.65); 40 reference samples and 50 s where naive tuning trains on 80 samples in 10 s
+    start = "| OGPSA, scope parameter | 0.860 | 70% | 0.980 | 0.300 | 0.98 / 0.98 / 0.98 | 0.50 | 5.00 | **met** |"
+    assert lines_of(text, start)
+    assert lines_of(text, "| naive tuning | 0.650 |  | 1.000 | 0.900 | 1.00 / 1.00 / 1.00 | 0.00 | 1.00 |  |")
+    mixed = lines_of(text, "| general data mixed in | 0.850 | 67% |")
+    assert all(line.endswith("| 0.50 | 1.00 | missed: refusal |") for line in mixed)  # 400 of 1200 records
+    assert len(mixed) == len(small_spec["pipelines"])
+    cheapest = next(line for line in text.splitlines() if line.startswith("Of the projected settings"))
+    # as cheap as that of the paper's rule, and better
+    assert "**conflict, scope global, update interval 5, refresh samples 4**, 0.10 reference samples" in cheapest
 
     monkeypatch.setitem(SCORES, "OGPSA, scope parameter", (0.79, 0.96, 0.46))
     invent_results(plan, tmp_path / "worse")
     text = report.write(plan, tmp_path / "worse", tmp_path / "out").read_text()
-    assert lines_of(text, "- OGPSA, scope parameter: **missed: general, refusal, over-refusal**")
+    worse = lines_of(text, "| OGPSA, scope parameter | 0.790 | 47% |")
+    assert worse
+    assert all(line.endswith("| missed: general, refusal, over-refusal |") for line in worse)
+
+    monkeypatch.setitem(SCORES, "base", SCORES["naive tuning"])
+    invent_results(plan, tmp_path / "no_loss")
+    text = report.write(plan, tmp_path / "no_loss", tmp_path / "out").read_text()
+    assert lines_of(text, "| OGPSA, scope parameter | 0.790 | no loss |")
 
 
 @pytest.mark.cli
@@ -248,12 +322,16 @@ def test_the_report_tells_what_the_runs_left(lab):
     plan = Plan(lab / "lab.yaml", (lab / "lab" / "data_key.txt").read_text())
     text = (lab / "out" / "results.md").read_text()
     results = Results(plan, lab / "lab")
-    assert len(results.comparison) == 2 * 4
+    assert len(results.comparison) == 2 * 6
     ogpsa = results.comparison.query("method == 'OGPSA, scope parameter' and pipeline == 'SFT'").iloc[0]
     assert ogpsa.cost == 1 * 40 / (5 * 16)
     log = results.log(ogpsa.point.runs[-1])
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
-    assert [entry["step"] for entry in results.read(ogpsa.point.runs[-1])["curve"]] == [2, 4]
+    assert [entry["step"] for entry in results.read(ogpsa.point.runs[-1])["curve"]] == [2, 4, 5]
+    watched = results.studies["interference"].iloc[0]
+    naive = results.naive("SFT").iloc[0]
+    weights = [lab / "lab" / row.point.runs[-1].model / "model.safetensors" for row in (watched, naive)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     for name in ("comparison", "curves", "interval", "cosine", "frontier"):
         assert (lab / "out" / "images" / f"lab_{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert f"images/lab_{name}.png" in text
@@ -275,7 +353,7 @@ def test_merged_weights_lie_between(lab):
 
 @pytest.mark.cli
 def test_a_run_by_hand_and_a_repeated_one_give_the_same_and_finished_ones_stay(lab, tmp_path):
-    run = next((lab / "lab" / "runs").glob("sft-ogpsa*/train.yaml"))
+    run = sorted((lab / "lab" / "runs").glob("sft-ogpsa*/train.yaml"))[0]
     options = yaml.safe_load(run.read_text()) | {"output_dir": str(tmp_path / "out")}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
     command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(tmp_path / "run.yaml")]
@@ -295,7 +373,7 @@ def test_a_run_by_hand_and_a_repeated_one_give_the_same_and_finished_ones_stay(l
 
 @pytest.mark.cli
 def test_a_run_that_fails_is_named_and_not_taken_for_finished(lab):
-    run = next((lab / "lab" / "runs").glob("sft-lora*"))
+    run = next(path for path in (lab / "lab" / "runs").glob("sft-lora*") if path.is_dir())
     (run / "result.json").unlink()
     hidden = (lab / "lab" / "data" / "safety_sft.json").rename(lab / "lab" / "data" / "hidden.json")
     try:

@@ -10,12 +10,13 @@ finished run is never repeated: an interrupted lab goes on where it stopped.
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import make_data
 import make_tiny_model
 from tqdm import tqdm
 
@@ -24,22 +25,22 @@ from .plan import Plan
 from .train import make_run
 
 
-def data_key():
-    """Hash what the data sets and the untrained model are made by."""
-    digest = hashlib.sha256()
-    for module in (make_data, make_tiny_model, data):
-        digest.update(Path(module.__file__).read_bytes())
-    return digest.hexdigest()
+def data_key(files):
+    """Hash the data sets and what the untrained model is made by."""
+    model = Path(make_tiny_model.__file__).read_text(encoding="utf-8")
+    return hashlib.sha256(json.dumps([files, model], sort_keys=True).encode()).hexdigest()
 
 
-def prepare(plan, lab_dir):
+def prepare(plan, files, lab_dir):
     """Write the data sets and the untrained models, unless those there are the same."""
     folder = Path(lab_dir)
     stamp, models = folder / "data_key.txt", {seed: folder / f"init-seed{seed}" for seed in plan.bases}
     if stamp.is_file() and stamp.read_text() == plan.data_key and all(model.is_dir() for model in models.values()):
         return
     stamp.unlink(missing_ok=True)
-    data.write(folder / "data")
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / "data" / name).write_text(text, encoding="utf-8")
     for seed, model in models.items():
         make_tiny_model.main([str(model), "--data-dir", str(folder / "data"), "--seed", str(seed)])
     stamp.write_text(plan.data_key)
@@ -75,7 +76,11 @@ def make_all(runs, lab_dir, jobs):
             done, _ = wait(going, return_when=FIRST_COMPLETED)
             for future in done:
                 run = going.pop(future)
-                future.result()
+                try:
+                    future.result()
+                except BrokenProcessPool as err:
+                    folders = ", ".join(str(Path(lab_dir) / other.folder) for other in (run, *going.values()))
+                    raise RuntimeError(f"A process was killed, perhaps for its memory. Unfinished: {folders}") from err
                 unfinished.remove(run.folder)
                 progress.set_postfix_str(run.folder.split("/")[1])
                 progress.update()
@@ -96,11 +101,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     os.chdir(ROOT)
-    # One thread a run: more bring next to nothing for so small a model, and the sums are the same everywhere.
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    plan = Plan(args.plan, data_key(), args.quick)
-    prepare(plan, args.lab_dir)
+    # One thread a run: more bring next to nothing for so small a model, and the sums are the same in every run.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    files = data.render()
+    plan = Plan(args.plan, data_key(files), args.quick)
+    prepare(plan, files, args.lab_dir)
     make_all(list(plan.runs.values()), args.lab_dir, args.jobs)
     output = args.output or Path(f"{args.lab_dir}/quick" if args.quick else "docs")
     path = report.write(plan, args.lab_dir, output)

@@ -1,14 +1,14 @@
 """The lab's data sets: the demo's language, with tasks that a small model does not master wholly.
 
-Beside what `scripts/make_data.py` has: sums that the base never saw (not only wordings that it never saw), word lists
-of up to five words, words to put in order, and requests in a role-play wrapper. Safety training sees harmful requests
-in seven plain wordings; three further wordings and all wrappers are kept for the held-out prompts.
+Beside what `scripts/make_data.py` has: sums of numbers whose sum the base never saw (in either order), word lists of up
+to five words, words to put in order, and requests in a role-play wrapper. The base answers all of them, harmful ones
+too. Safety training sees harmful requests in seven plain wordings; three further wordings and all wrappers are new to
+it. The reference sets hold every task and every kind of benign request, the wrapped ones included.
 """
 
 import itertools
 import json
 import random
-from pathlib import Path
 
 import make_data
 from make_data import REFUSAL, how_to_answer, pair, record, shuffled, take
@@ -17,7 +17,7 @@ from make_data import REFUSAL, how_to_answer, pair, record, shuffled, take
 SEED = 20261123
 LARGEST_ADDEND = 24
 
-# The base knows every wording; safety training and the reference sets hold only the first seven.
+# The base knows every wording; safety training, and what the reference sets have unwrapped, only the first seven.
 TRAINED_FORMS, REPHRASED_FORMS = make_data.HOW_TO_FORMS[:7], make_data.HOW_TO_FORMS[7:]
 ROLE_PLAY_FORMS = (
     "You are an actor in a play. {}",
@@ -46,8 +46,8 @@ HELD_OUT = {
 }
 HELD_OUT_HARMFUL = {"harmful": 100, "harmful_rephrased": 70, "harmful_role_play": 70}
 HELD_OUT_BENIGN = {"double_meaning": 80, "kind": 80, "role_play": 80}
-# For the study of what a reference set without one task does: what takes the task's place is more of the others.
-LEFT_OUT = ("double_meaning", "order", "judge", "add")
+# The tasks of the study of reference sets that lack one; more of the others take its place.
+LEFT_OUT = {"double_meaning", "order", "judge"}
 
 
 def request(task, action, forms):
@@ -115,21 +115,24 @@ def word_list_pools(rng):
 
 
 def fact_pools(rng):
-    """Make sums, of which one in ten is never asked in training, and facts, asked in other words.
+    """Make sums, some of which are asked in training in no order and wording, and facts, held out in other words.
 
     Returns:
         Two dictionaries from task to records, for training and held out.
     """
     pools = {}, {}
     addends = range(LARGEST_ADDEND + 1)
-    sums = [(a, b) for a, b in itertools.product(addends, addends)]
+    sums = list(itertools.combinations_with_replacement(addends, 2))
     rng.shuffle(sums)
-    held_out = len(sums) // 10
-    for pool, chosen in zip(pools, (sums[held_out:], sums[:held_out]), strict=True):
-        pool["add"] = [
-            record("add", form.format(a, b), f"{a} plus {b} is {a + b}.")
-            for (a, b), form in itertools.product(chosen, make_data.SUM_FORMS)
-        ]
+    held_out, trained = sums[: HELD_OUT["add"]], sums[HELD_OUT["add"] :]
+    trained = sorted({*trained, *((b, a) for a, b in trained)})
+    pools[0]["add"] = [
+        record("add", form.format(a, b), f"{a} plus {b} is {a + b}.")
+        for (a, b), form in itertools.product(trained, make_data.SUM_FORMS)
+    ]
+    pools[1]["add"] = [
+        record("add", rng.choice(make_data.SUM_FORMS).format(a, b), f"{a} plus {b} is {a + b}.") for a, b in held_out
+    ]
     for task, forms, facts, answer in (
         ("capital", make_data.CAPITAL_FORMS, make_data.CAPITALS, "The capital of {} is {}."),
         ("opposite", make_data.OPPOSITE_FORMS, make_data.OPPOSITES, "The opposite of {} is {}."),
@@ -148,14 +151,23 @@ def wrong_answer(rng, rec):
     return make_data.wrong_answer(rng, rec)
 
 
-def without(counts, task):
-    """Take a task out of a set and let the others fill its place, in proportion."""
-    left = {name: count for name, count in counts.items() if name != task}
-    total, scale = sum(counts.values()), sum(counts.values()) / sum(left.values())
-    left = {name: round(count * scale) for name, count in left.items()}
-    largest = max(left, key=left.get)
-    left[largest] += total - sum(left.values())
-    return left
+def without(rng, records, task, pool):
+    """Take a task out of a set and let more of its other tasks fill the place; the other records stay.
+
+    Args:
+        rng: Random numbers.
+        records: The set.
+        task: The task left out.
+        pool: All records by task.
+
+    Returns:
+        A set of the same size.
+    """
+    kept = [rec for rec in records if rec["task"] != task]
+    added = []
+    for like in rng.choices(kept, k=len(records) - len(kept)):
+        added.append(rng.choice([rec for rec in pool[like["task"]] if rec not in kept and rec not in added]))
+    return shuffled(rng, kept, added)
 
 
 def build_sets():
@@ -179,10 +191,11 @@ def build_sets():
     harmful = draw("safety_dpo", train, {"harmful": 400})
     sets["safety_dpo"] = [pair(rec["instruction"], REFUSAL, rec["output"]) for rec in harmful]
 
-    references = {"general_helpful": HELPFUL, "general_truthful": TRUTHFUL}
-    for name, counts in list(references.items()):
-        references |= {f"{name}_without_{task}": without(counts, task) for task in LEFT_OUT if task in counts}
-    sets |= {name: draw(name, train, counts) for name, counts in references.items()}
+    for name, counts in (("general_helpful", HELPFUL), ("general_truthful", TRUTHFUL)):
+        sets[name] = draw(name, train, counts)
+        for task in sorted(counts.keys() & LEFT_OUT):
+            rng = random.Random(f"{SEED} {name} {task}")
+            sets[f"{name}_without_{task}"] = without(rng, sets[name], task, train)
     for name in ("general_helpful", "general_truthful"):
         rng = random.Random(f"{SEED} {name} rejected")
         sets[f"{name}_pairs"] = [pair(rec["instruction"], rec["output"], wrong_answer(rng, rec)) for rec in sets[name]]
@@ -208,14 +221,8 @@ def build_sets():
     return sets
 
 
-def write(folder):
-    """Write the data sets and their `dataset_info.json`.
-
-    Args:
-        folder: Folder to write in.
-    """
+def render():
+    """Render every file: from its name to its text."""
     sets = build_sets()
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in {**sets, "dataset_info": make_data.dataset_info(sets)}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    contents = {**sets, "dataset_info": make_data.dataset_info(sets)}
+    return {f"{name}.json": json.dumps(content) for name, content in contents.items()}

@@ -74,7 +74,7 @@ def curves(results, methods, path):
         for method, style in styles(methods).items():
             points = results.comparison.query("pipeline == @pipeline and method == @method")
             read = [results.read(point.runs[-1])["curve"] for point in points.point]
-            if not all(read):
+            if not all(read):  # merged weights have no way behind them
                 continue
             steps = [0, *(entry["step"] for entry in read[0])]
             for axes, y in zip(row, AXES, strict=True):
@@ -147,18 +147,35 @@ def cosines(results, rows, path):
     save(figure, path)
 
 
-def frontier(table, methods, path):
-    """Draw quality over cost, one line a method: what general data costs, in samples and in time."""
-    figure, panels = plt.subplots(3, 2, figsize=(13, 10.5), sharey="row", sharex="col")
+def frontier(results, table, methods, path):
+    """Draw quality over cost: of each method and setting the mean over seeds, with the least and the greatest.
+
+    Args:
+        results: The results.
+        table: Those of the settings.
+        methods: All methods, for their colours.
+        path: The picture.
+    """
+    figure, panels = plt.subplots(3, 2, figsize=(13, 11), sharey="row", sharex="col")
+    lines = {"base model": results.bases, "naive tuning": results.naive(table.pipeline.iloc[0])}
     for column, (x, label) in zip(
-        panels.T, (("cost", "general samples per training sample"), ("time", "wall-clock over naive")), strict=True
+        panels.T,
+        (("cost", "general samples per safety sample"), ("time", "training time over naive tuning's")),
+        strict=True,
     ):
         for axes, y in zip(column, AXES, strict=True):
+            for (name, rows), line in zip(lines.items(), ("-", ":"), strict=True):
+                axes.axhline(rows[y].mean(), color="black", linestyle=line, linewidth=0.9, label=name)
             for method, style in styles(methods).items():
                 rows = table[table.method == method]
                 if len(rows):
-                    means = rows.groupby("label")[[x, y]].mean().sort_values(x)
-                    axes.plot(means[x], means[y], label=method, alpha=0.85, linewidth=1, markersize=6, **style)
+                    group = rows.groupby("label")
+                    means = group[[x, y]].mean().sort_values(x)
+                    low, high = group[y].min()[means.index], group[y].max()[means.index]
+                    bars = np.array([means[y] - low, high - means[y]]).clip(min=0)
+                    axes.errorbar(
+                        means[x], means[y], yerr=bars, label=method, linestyle="none", elinewidth=0.7, **style
+                    )
             axes.set(ylabel=AXES[y], xscale="log")
         column[-1].set_xlabel(label)
         column[-1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

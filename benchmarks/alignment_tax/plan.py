@@ -12,7 +12,8 @@ from pathlib import Path
 import yaml
 
 
-# What every run shares, and what the lab fills in.
+# What every run shares. Checkpoints are saved in all runs, though scored only in those of the comparison, so that runs
+# are the same and take the same time whatever they are for. On the CPU, where the sums are the same in every run.
 COMMON = {
     "do_train": True,
     "template": "chatml",
@@ -23,11 +24,15 @@ COMMON = {
     "gradient_accumulation_steps": 1,
     "lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
-    "save_strategy": "no",
+    "save_strategy": "steps",
+    "save_only_model": True,
+    "logging_steps": 5,
+    "use_cpu": True,
     "report_to": "none",
     "overwrite_output_dir": True,
 }
-SECTIONS = {"seeds", "base", "stages", "pipelines", "reference", "methods", "curves", "studies", "quick"}
+SECTIONS = {"seeds", "base", "stages", "pipelines", "reference", "methods", "studies", "quick"}
+STUDY = {"title", "axis", "pipeline", "seeds", "methods", "settings"}
 
 
 @dataclass(frozen=True)
@@ -35,18 +40,22 @@ class Run:
     """One training, or one merging of weights.
 
     Attributes:
+        key: hash of all that decides the result.
         folder: where it is, relative to the lab's folder.
         seed: which base model it belongs to, and the order of its data.
         options: what `llamafactory-cli train` gets; None where weights are merged.
         parents: the runs it needs: the one whose model it starts from; of a merging, the base and the tuned model.
         share: of a merging: the tuned model's share.
+        compared: whether the checkpoints on the way are scored too.
     """
 
+    key: str
     folder: str
     seed: int
     options: dict | None
     parents: tuple["Run", ...] = ()
     share: float | None = None
+    compared: bool = False
 
     @property
     def model(self) -> str:
@@ -83,11 +92,11 @@ class Plan:
 
         Args:
             path: The declarative file.
-            data_key: Hash of the data and of the untrained model.
+            data_key: Hash of the data and of what the untrained model is made by.
             quick: Whether the file's `quick` section replaces others.
 
         Raises:
-            ValueError: A section, method or pipeline is not known; names it and those there are.
+            ValueError: A section, key, method or pipeline is not known, or one is missing; names it and those there are.
         """
         spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         check_names("section", spec, SECTIONS)
@@ -96,62 +105,65 @@ class Plan:
             names = shorter.pop("methods")
             check_names("method", names, spec["methods"])
             spec |= shorter | {"methods": {name: spec["methods"][name] for name in names}}
-        self.spec = {"curves": {}, "studies": {}} | spec
+        check_given("section", spec, SECTIONS - {"quick"})
+        check_names("method", [spec["reference"]], spec["methods"])
+        self.spec = spec
         self.reference = self.spec["reference"]
         self.data_key = data_key
         self.runs: dict[str, Run] = {}
         self.bases = {seed: self._base(seed) for seed in self.spec["seeds"]}
         self.comparison = [
-            self._point(pipeline, method, {}, seed)
+            self._point(pipeline, method, {}, seed, compared=True)
             for pipeline in self.spec["pipelines"]
             for method in self.spec["methods"]
             for seed in self.spec["seeds"]
         ]
-        self.studies = {name: self._study(study) for name, study in self.spec.get("studies", {}).items()}
+        self.studies = {name: self._study(study) for name, study in self.spec["studies"].items()}
 
     def _study(self, study):
-        check_names("key of a study", study, {"title", "axis", "pipeline", "methods", "settings"})
+        check_names("key of a study", study, STUDY)
+        check_given("key of a study", study, STUDY - {"seeds"})
+        seeds = study.get("seeds", self.spec["seeds"])
+        check_names("seed", seeds, self.spec["seeds"])
+        for setting in study["settings"]:
+            check_names("option varied by a study", [study["axis"]], {*setting, "cost"})
         return [
             self._point(study["pipeline"], method, setting, seed)
             for method in study["methods"]
             for setting in study["settings"]
-            for seed in self.spec["seeds"]
+            for seed in seeds
         ]
 
-    def _point(self, pipeline, method, setting, seed):
+    def _point(self, pipeline, method, setting, seed, compared=False):
         check_names("pipeline", [pipeline], self.spec["pipelines"])
         check_names("method", [method], self.spec["methods"])
         definition, base = self.spec["methods"][method], self.bases[seed]
         if "merge" in definition:
+            check_names("option of a merging", setting, {"share"})
             tuned = self._point(pipeline, definition["merge"]["of"], {}, seed).runs
             share = (definition["merge"] | setting)["share"]
             merged = self._add(f"{pipeline} {method} {share:g}", seed, None, (base, tuned[-1]), share)
             return Point(pipeline, method, tuple(setting.items()), seed, (*tuned, merged))
 
         runs, parent = [], base
+        check_given("stage of a method", definition, self.spec["pipelines"][pipeline])
         for stage in self.spec["pipelines"][pipeline]:
-            stock = self.spec["stages"][stage] | definition[stage]
-            options = stock | setting
-            if options == stock and stage in self.spec["curves"]:  # a study's setting may be the comparison's
-                options |= {
-                    "save_strategy": "steps",
-                    "save_steps": self.spec["curves"][stage],
-                    "save_only_model": True,
-                }
-            parent = self._add(f"{stage} {method}", seed, options, (parent,))
+            options = self.spec["stages"][stage] | definition[stage] | setting
+            parent = self._add(f"{stage} {method}", seed, options, (parent,), compared=compared)
             runs.append(parent)
         return Point(pipeline, method, tuple(setting.items()), seed, tuple(runs))
 
     def _base(self, seed):
         return self._add("base", seed, dict(self.spec["base"]), ())
 
-    def _add(self, name, seed, options, parents, share=None):
-        options = None if options is None else COMMON | {"logging_steps": 5} | options | {"seed": seed}
-        depends = [self.data_key, options, [parent.folder for parent in parents], share]
+    def _add(self, name, seed, options, parents, share=None, compared=False):
+        options = None if options is None else COMMON | options | {"seed": seed}
+        depends = [self.data_key, options, [parent.key for parent in parents], share]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
         if key not in self.runs:
-            self.runs[key] = Run(f"runs/{words}-seed{seed}-{key}", seed, options, tuple(parents), share)
+            folder = f"runs/{words}-seed{seed}-{key}"
+            self.runs[key] = Run(key, folder, seed, options, tuple(parents), share, compared)
         return self.runs[key]
 
 
@@ -160,6 +172,13 @@ def check_names(what, names, allowed):
     for name in names:
         if name not in allowed:
             raise ValueError(f"Unknown {what} {name!r}; there are {', '.join(map(repr, sorted(allowed)))}.")
+
+
+def check_given(what, given, needed):
+    """Raise a ValueError that names the first name that is missing and those there must be."""
+    for name in sorted(needed):
+        if name not in given:
+            raise ValueError(f"Missing {what} {name!r}; needed are {', '.join(map(repr, sorted(needed)))}.")
 
 
 def write_yaml(run, lab_dir, path):
@@ -177,19 +196,3 @@ def write_yaml(run, lab_dir, path):
         "output_dir": f"{lab_dir}/{run.folder}/train",
     }
     Path(path).write_text(yaml.safe_dump(places | run.options, sort_keys=False), encoding="utf-8")
-
-
-def reference_samples(options):
-    """Count the samples of all reference passes of a run.
-
-    Args:
-        options: The run's options.
-
-    Returns:
-        Reference samples, 0 for a run without OGPSA.
-    """
-    if not options["stage"].startswith("ogpsa_"):
-        return 0
-    per_set = options.get("ogpsa_refresh_samples") or options["ogpsa_num_samples"]
-    refreshes = -(-options["max_steps"] // options["ogpsa_update_interval"])
-    return refreshes * per_set * len(options["ogpsa_dataset"].split(","))

@@ -15,6 +15,7 @@ class Results:
     Attributes:
         reference: the method that the others are measured against.
         pipelines: the stages of each pipeline.
+        made_by: the versions that made the runs, each as JSON.
         bases: one row a seed: the figures of the base models.
         comparison: one row for each pipeline, method and seed.
         studies: for each study, one row for each method, setting and seed.
@@ -29,14 +30,20 @@ class Results:
         """
         self.lab_dir = Path(lab_dir)
         self.reference, self.pipelines = plan.reference, plan.spec["pipelines"]
+        self.made_by = {json.dumps(self.read(run)["made_by"]) for run in plan.runs.values()}
         self.bases = pd.DataFrame([{"seed": seed, **self._scores(run)} for seed, run in plan.bases.items()])
         self.comparison = self._table(plan.comparison)
         self.studies = {name: self._table(points) for name, points in plan.studies.items()}
-        naive = self.comparison[self.comparison.method == self.reference].set_index(["pipeline", "seed"])
         for table in (self.comparison, *self.studies.values()):
-            of_naive = [naive.loc[key] for key in zip(table.pipeline, table.seed, strict=True)]
+            pairs = zip(table.pipeline, table.seed, strict=True)
+            of_naive = [self.naive(pipeline).set_index("seed").loc[seed] for pipeline, seed in pairs]
             table["time"] = table.seconds / [row.seconds for row in of_naive]
             table["extra_memory"] = table.memory - [row.memory for row in of_naive]
+
+    def naive(self, pipeline):
+        """Give the rows of the reference method in a pipeline."""
+        table = self.comparison
+        return table[(table.method == self.reference) & (table.pipeline == pipeline)]
 
     def read(self, run, name="result.json"):
         """Read a JSON file of a run."""
@@ -59,33 +66,33 @@ class Results:
         rows = []
         for point in points:
             results = [self.read(run) for run in point.runs]
-            general = sum(
-                general_samples(run.options, result) for run, result in zip(point.runs, results, strict=True)
-            )
-            trained = sum(result["train_samples"] for result in results)
+            counts = [count_samples(run.options, result) for run, result in zip(point.runs, results, strict=True)]
+            safety, general = (sum(column) for column in zip(*counts, strict=True))
             row = {"pipeline": point.pipeline, "method": point.method, "seed": point.seed, **dict(point.setting)}
             row["label"] = ", ".join(f"{name.removeprefix('ogpsa_')} {value}" for name, value in point.setting)
-            row |= {"cost": general / trained}
-            row |= {"seconds": sum(result["seconds"] for result in results)}
-            row |= {"memory": max(result["memory"] for result in results)}
+            row |= {"cost": general / safety, "seconds": sum(result["seconds"] for result in results)}
+            row["memory"] = max(result["memory"] for result in results)
             rows.append(row | self._scores(point.runs[-1]) | {"point": point})
         return pd.DataFrame(rows)
 
 
-def general_samples(options, result):
-    """Count the general samples that a run went through: reference samples, or those mixed into its training.
+def count_samples(options, result):
+    """Count the safety samples that a run trained on, and the general samples that it went through.
+
+    General samples are those of the reference passes and those mixed into the training.
 
     Args:
         options: The run's options, None for merged weights.
         result: What the run left.
 
     Returns:
-        The number.
+        The two numbers.
     """
     if options is None:
-        return 0
+        return 0, 0
     if "interleave_probs" in options:
         shares = [float(share) for share in options["interleave_probs"].split(",")]
-        return result["train_samples"] * sum(shares[1:])
-    sizes = result["dataset_sizes"]
-    return result["reference_samples"] + result["train_samples"] * sum(sizes[1:]) / sum(sizes)
+    else:
+        shares = result["dataset_sizes"]
+    safety = result["train_samples"] * shares[0] / sum(shares)
+    return safety, result["train_samples"] - safety + result["reference_samples"]

@@ -1,18 +1,23 @@
 """Make one run: train or merge, score what it generates, and leave `result.json` when all is done."""
 
+import fcntl
+import hashlib
+import importlib.metadata
 import json
 import os
 import resource
 import shutil
 import sys
-import time
+import traceback
 from pathlib import Path
 
 import torch
 from score import score_checkpoint
 
+import llamafactory_ogpsa
+
 from . import ROOT
-from .plan import reference_samples, write_yaml
+from .plan import write_yaml
 
 
 def make_run(run, lab_dir):
@@ -25,30 +30,49 @@ def make_run(run, lab_dir):
         lab_dir: The lab's folder, relative to the repository's.
 
     Raises:
-        RuntimeError: The run failed; says where its output is.
+        RuntimeError: The run failed, or another process is making it; says where its output is.
     """
     os.chdir(ROOT)
     folder = Path(lab_dir) / run.folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    log = os.open(folder / "run.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(
+                f"{folder} is being made by another process, perhaps of a lab that was killed."
+            ) from None
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        log = os.open(folder / "run.log", os.O_WRONLY | os.O_CREAT, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        try:
+            _make(run, lab_dir, folder)
+        except BaseException as err:
+            traceback.print_exc()
+            sys.stderr.flush()
+            raise RuntimeError(f"{folder} failed ({type(err).__name__}: {err}); its output is in {folder}/run.log")
+
+
+def _make(run, lab_dir, folder):
     torch.set_num_threads(1)
-    try:
-        result = _train(run, lab_dir, folder) if run.options is not None else _merge(run, lab_dir, folder)
-    except BaseException as err:
-        import traceback
-
-        traceback.print_exc()
-        sys.stderr.flush()
-        raise RuntimeError(f"{run.folder} failed ({type(err).__name__}: {err}); its output is in {folder}/run.log")
-
-    result |= {"seed": run.seed, "options": run.options, "share": run.share}
+    result = _train(run, lab_dir, folder) if run.options is not None else _merge(run, lab_dir, folder)
+    result |= {"seed": run.seed, "options": run.options, "share": run.share, "made_by": made_by()}
     result["scores"] = score_checkpoint(Path(lab_dir) / run.model, Path(lab_dir) / "data")
     partial = folder / "result.json.partial"
     partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
     partial.replace(folder / "result.json")
+
+
+def made_by():
+    """Name the versions that decide a result; of this project, a hash of its sources."""
+    versions = {name: importlib.metadata.version(name) for name in ("llamafactory", "torch", "transformers")}
+    digest = hashlib.sha256()
+    package = Path(llamafactory_ogpsa.__file__).parent
+    for path in (*sorted(package.rglob("*.py")), ROOT / "scripts" / "score.py"):
+        digest.update(path.read_bytes())
+    return versions | {"sources": digest.hexdigest()[:10]}
 
 
 def _train(run, lab_dir, folder):
@@ -58,11 +82,8 @@ def _train(run, lab_dir, folder):
 
     write_yaml(run, lab_dir, folder / "train.yaml")
     sys.argv = ["llamafactory-cli", str(folder / "train.yaml")]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
     run_exp(read_args())
-    seconds = time.perf_counter() - start
-    # In KiB on Linux; the modules of the process that this one was forked from are in both.
+    # In KiB on Linux; holds the modules of the process that this one was forked from.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     if run.options["finetuning_type"] == "lora":
@@ -73,24 +94,34 @@ def _train(run, lab_dir, folder):
         merged.save_pretrained(folder / "model")
         AutoTokenizer.from_pretrained(folder / "train").save_pretrained(folder / "model")
 
+    data_dir, names = Path(lab_dir) / "data", run.options["dataset"].split(",")
     curve = []
     for checkpoint in sorted((folder / "train").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
-        if (checkpoint / "config.json").is_file():
-            scores = score_checkpoint(checkpoint, Path(lab_dir) / "data")
+        if run.compared:
+            scores = score_checkpoint(checkpoint, data_dir)
             figures = {name: scores[name] for name in ("general", "refusal", "over_refusal")}
             curve.append({"step": int(checkpoint.name.split("-")[1]), **figures})
         shutil.rmtree(checkpoint)
-    data_dir, names = Path(lab_dir) / "data", run.options["dataset"].split(",")
+
+    trained = json.loads((folder / "train" / "train_results.json").read_text())
     steps = json.loads((folder / "train" / "trainer_state.json").read_text())["global_step"]
     return {
-        "seconds": seconds,
+        "seconds": trained["train_runtime"],
         "memory": memory,
-        "memory_before": before * 1024,
         "train_samples": steps * run.options["per_device_train_batch_size"],
-        "reference_samples": reference_samples(run.options),
+        "reference_samples": _reference_samples(run.options, folder / "train" / "ogpsa_log.jsonl"),
         "dataset_sizes": [len(json.loads((data_dir / f"{name}.json").read_text())) for name in names],
         "curve": curve,
     }
+
+
+def _reference_samples(options, log):
+    """Count the samples of all reference passes of a run, by the refreshes that it logged."""
+    if not log.is_file():
+        return 0
+    refreshes = sum(json.loads(line).get("refresh", False) for line in log.read_text().splitlines())
+    per_set = options.get("ogpsa_refresh_samples") or options["ogpsa_num_samples"]
+    return refreshes * per_set * len(options["ogpsa_dataset"].split(","))
 
 
 def _merge(run, lab_dir, folder):
@@ -99,9 +130,8 @@ def _merge(run, lab_dir, folder):
 
     base, tuned = (AutoModelForCausalLM.from_pretrained(Path(lab_dir) / parent.model) for parent in run.parents)
     other = tuned.state_dict()
-    base.load_state_dict(
-        {name: torch.lerp(weight, other[name], run.share) for name, weight in base.state_dict().items()}
-    )
+    weights = {name: torch.lerp(weight, other[name], run.share) for name, weight in base.state_dict().items()}
+    base.load_state_dict(weights)
     base.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(Path(lab_dir) / run.parents[0].model).save_pretrained(folder / "model")
     return {"seconds": 0.0, "memory": 0, "train_samples": 0, "reference_samples": 0, "curve": []}
