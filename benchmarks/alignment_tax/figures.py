@@ -105,7 +105,8 @@ def study(table, axis, methods, path, labels=None):
             rows = table[table.method == method]
             if len(rows):
                 draw_range(axes, rows, axis, y, style, method, linestyle="none" if labels else "-")
-        axes.set(ylabel=AXES[y])
+        low, high = axes.get_ylim()
+        axes.set(ylabel=AXES[y], ylim=(max(low, -0.03), min(high, 1.03)))
         if labels:
             axes.tick_params(axis="x", rotation=35)
             plt.setp(axes.get_xticklabels(), ha="right")
