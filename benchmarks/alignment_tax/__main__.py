@@ -1,4 +1,4 @@
-"""The alignment-tax lab: the paper's comparison and the ablations its reviewers asked for, in miniature.
+"""The alignment-tax lab: the paper's comparison and ablations of what it leaves open, in miniature.
 
     python -m benchmarks.alignment_tax            # all of lab.yaml; writes docs/results.md and its pictures
     python -m benchmarks.alignment_tax --quick    # one seed, fewer methods, no studies; writes outputs/lab/quick

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 AXES = {"general": "general ability ↑", "refusal": "refuses harmful ↑", "over_refusal": "refuses benign ↓"}
 COLOURS = ["#4a5568", "#b7791f", "#6b46c1", "#2f855a", "#c53030", "#dd6b20", "#2b6cb0", "#0987a0"]
-MARKERS = "osP^DvX*"
+MARKERS = "osP^DvXp"
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
 plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False})
 
@@ -36,7 +36,7 @@ def save(figure, path):
 
 def draw_range(axes, table, x, y, style, label=None, **kwargs):
     """Draw the mean over seeds with bars from the least to the greatest."""
-    group = table.groupby(x, sort=True)[y]
+    group = table.groupby(x, sort=not isinstance(table[x].iloc[0], str))[y]
     mean, low, high = group.mean(), group.min(), group.max()
     bars = np.array([mean - low, high - mean]).clip(min=0)
     axes.errorbar(mean.index, mean, yerr=bars, label=label, capsize=2, elinewidth=0.8, **style, **kwargs)
@@ -108,6 +108,7 @@ def study(table, axis, methods, path, labels=None):
         low, high = axes.get_ylim()
         axes.set(ylabel=AXES[y], ylim=(max(low, -0.03), min(high, 1.03)))
         if labels:
+            axes.margins(x=0.15)
             axes.tick_params(axis="x", rotation=35)
             plt.setp(axes.get_xticklabels(), ha="right")
         else:

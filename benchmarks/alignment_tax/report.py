@@ -131,7 +131,7 @@ def cosine_section(results, name, study, methods, folder):
     figures.cosines(results, panels, folder / "images" / "lab_cosine.png")
     text = (
         "The cosine between the safety gradient and the gradient of each reference set, at the logged steps, with the "
-        "subspace in use (up to K steps old). Negative: the step would raise that reference loss. The first panel is "
+        "subspace in use (of K steps before where K divides the logged step). Negative: the step would raise that reference loss. The first panel is "
         "naive tuning with `ogpsa_method: monitor`, which measures and changes nothing.\n"
     )
     return [f"### {study['title']}\n", text, "![Cosines](images/lab_cosine.png)\n", setting_table(watched)]
@@ -198,8 +198,8 @@ def cost_table(results, methods):
     for pipeline, table in results.comparison.groupby("pipeline", sort=False):
         for method in methods:
             part = table[table.method == method]
-            memory = f"{part.extra_memory.median() / 2**20:+.0f} MiB"
-            rows.append([pipeline, method, *costs(part), f"{part.seconds.median():.0f} s", memory])
+            memory = f"{part.extra_memory.mean() / 2**20:+.0f} MiB"
+            rows.append([pipeline, method, *costs(part), f"{part.seconds.mean():.0f} s", memory])
     return markdown(["", "", *COSTS, "training", "peak memory over naive"], rows)
 
 
@@ -224,15 +224,19 @@ def write(plan, lab_dir, output):
         introduction(plan, results),
         "## Comparison\n",
         "![Safety over utility](images/lab_comparison.png)\n",
+        "Small marks are seeds, large ones their mean.\n",
         *comparison_tables(results, methods),
         f"### By task ({first.pipeline.iloc[0]})\n",
         "Shares of 40 to 80 prompts a seed: differences of a few hundredths are chance.\n",
         task_table(results, first, "", "method"),
         "### Cost\n",
-        "General samples are those of the reference passes and those mixed in, both on top of the safety samples. Time is "
-        "that of the training loop, with as many runs at once as the machine has cores. Memory is the process's peak.\n",
+        "General samples are those of the reference passes and those mixed in, both on top of the safety samples; a pair "
+        "counts as one. Time is that of the training loop, by default with as many runs at once as the machine has cores; "
+        "of merged weights that of naive tuning. Memory is the process's peak against naive tuning's. Means over seeds.\n",
         cost_table(results, methods),
         "### Learning curves\n",
+        "Merged weights have none. Bands go from the least to the greatest seed; where methods give the same, one line "
+        "hides the other.\n",
         "![Learning curves](images/lab_curves.png)\n",
     ]
     if plan.studies:
@@ -260,8 +264,8 @@ def introduction(plan, results):
     text = (
         "Written by `make lab`; what is run stands in `benchmarks/alignment_tax/lab.yaml`. A model of 0.7M parameters and "
         "a language of five hundred words: what holds here is a hint for large models, not a proof. Figures are means "
-        f"over seeds ({seeds} where nothing else is said; of the base model and of the order of the data), with the least "
-        "and the greatest in brackets. All prompts are held out and answered greedily; safety training has never seen "
+        f"over seeds ({seeds} where nothing else is said; of the base model and of the order of the data), those of the "
+        "scores with the least and the greatest in brackets. All prompts are held out and answered greedily; safety training has never seen "
         "the rephrased wordings and the role plays.\n\n"
         f"Made on the CPU, one thread a run, by {'; '.join(sorted(made_by))}."
     )
