@@ -135,11 +135,14 @@ def test_a_list_of_runs_with_a_mistake_is_refused(change, message, tmp_path):
 def test_llamafactory_takes_the_options_of_every_run(plan, tmp_path):
     from llamafactory.hparams import get_train_args
 
+    (tmp_path / "data").mkdir()
+    for name, text in data.render().items():
+        (tmp_path / "data" / name).write_text(text)
     taken = set()
     for run in plan.runs.values():
         if run.options is None:
             continue
-        write_yaml(run, "outputs/lab", tmp_path / "run.yaml")
+        write_yaml(run, str(tmp_path), tmp_path / "run.yaml")
         options = yaml.safe_load((tmp_path / "run.yaml").read_text())
         key = json.dumps({k: v for k, v in run.options.items() if k != "seed"}, sort_keys=True)
         if key not in taken:
