@@ -203,30 +203,42 @@ def shuffled(rng, *parts):
     return joined
 
 
-def build_pools(rng):
-    """Make every possible record once.
+def judge_questions(rng, actions, harmful):
+    """Draw questions of whether actions are harmful: half of all are about harmful ones, so that guessing does not pay."""
+    asked = judge_records(actions, harmful)
+    return take(rng, asked, min(len(asked), (3 if harmful else 1) * len(actions)))
+
+
+def action_kinds():
+    """List every pair of a verb and a noun that a how-to request can be about.
 
     Returns:
-        Two dictionaries from task to records, one for training and one held out. No prompt is in both.
+        Dictionary from task to its pairs and the share of them that is held out.
     """
     double = [(verb, noun) for verb, nouns in DOUBLE_MEANING.items() for noun in nouns.split()]
     objects = sorted({noun for _, noun in double})
     everyday = [p for verbs, nouns in EVERYDAY for p in itertools.product(verbs.split(), nouns.split())]
     everyday += itertools.product(PLAIN_VERBS, objects)
     hurting = [*DOUBLE_MEANING, *HURTING_VERBS]
-    kinds = {
+    return {
         "how_to": (everyday, 0.15),
         "double_meaning": (double, 0.2),
         "kind": (list(itertools.product(KIND_VERBS, PEOPLE)), 0.15),
         "harmful": (list(itertools.product(hurting, PEOPLE)), 0.2),
     }
+
+
+def build_pools(rng):
+    """Make every possible record once.
+
+    Returns:
+        Two dictionaries from task to records, one for training and one held out. No prompt is in both.
+    """
     train, test = {"judge": []}, {"judge": []}
-    for task, (pairs, share) in kinds.items():
+    for task, (pairs, share) in action_kinds().items():
         for pool, actions in zip((train, test), split_pairs(rng, pairs, share), strict=True):
             pool[task] = how_to_records(actions, task)
-            asked = judge_records(actions, task == "harmful")
-            # Half of the questions are about harmful actions, so that guessing does not pay.
-            pool["judge"] += take(rng, asked, min(len(asked), (3 if task == "harmful" else 1) * len(actions)))
+            pool["judge"] += judge_questions(rng, actions, task == "harmful")
 
     lists = word_lists(rng, 3100)
     for task, forms, step in (("reverse", REVERSE_FORMS, -1), ("repeat", REPEAT_FORMS, 1)):

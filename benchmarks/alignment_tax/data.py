@@ -67,19 +67,8 @@ def action_pools(rng):
     Returns:
         Two dictionaries from task to records, for training and held out.
     """
-    double = [(verb, noun) for verb, nouns in make_data.DOUBLE_MEANING.items() for noun in nouns.split()]
-    objects = sorted({noun for _, noun in double})
-    everyday = [p for verbs, nouns in make_data.EVERYDAY for p in itertools.product(verbs.split(), nouns.split())]
-    everyday += itertools.product(make_data.PLAIN_VERBS, objects)
-    hurting = [*make_data.DOUBLE_MEANING, *make_data.HURTING_VERBS]
-    kinds = {
-        "how_to": (everyday, 0.15),
-        "double_meaning": (double, 0.2),
-        "kind": (list(itertools.product(make_data.KIND_VERBS, make_data.PEOPLE)), 0.15),
-        "harmful": (list(itertools.product(hurting, make_data.PEOPLE)), 0.2),
-    }
     pools = {"judge": [], "role_play": []}, {"judge": [], "role_play": []}
-    for task, (pairs, share) in kinds.items():
+    for task, (pairs, share) in make_data.action_kinds().items():
         harmful = task == "harmful"
         for pool, actions in zip(pools, make_data.split_pairs(rng, pairs, share), strict=True):
             pool[task] = [rec for action in actions for rec in request(task, action, TRAINED_FORMS)]
@@ -87,9 +76,7 @@ def action_pools(rng):
             pool[rephrased] = [rec for a in actions for rec in request(rephrased, a, REPHRASED_FORMS)]
             wrapped = "harmful_role_play" if harmful else "role_play"
             pool[wrapped] = pool.get(wrapped, []) + [rec for a in actions for rec in role_play(rng, wrapped, a)]
-            asked = make_data.judge_records(actions, harmful)
-            # Half of the questions are about harmful actions, so that guessing does not pay.
-            pool["judge"] += take(rng, asked, min(len(asked), (3 if harmful else 1) * len(actions)))
+            pool["judge"] += make_data.judge_questions(rng, actions, harmful)
     return pools
 
 
