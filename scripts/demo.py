@@ -25,6 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from score import load_checkpoint, score_checkpoint, score_tables
 from transformers.utils import logging
 
+from llamafactory_ogpsa.report import LOG_NAME, read_log
+
 
 ROOT = Path(__file__).resolve().parents[1]
 YAML_DIR = ROOT / "examples" / "yaml"
@@ -159,7 +161,7 @@ def read_ogpsa_log(name):
     Returns:
         Rows of the steps and rows of the refreshes.
     """
-    rows = [json.loads(line) for line in (TINY_DIR / name / "ogpsa_log.jsonl").read_text().splitlines()]
+    rows = read_log(TINY_DIR / name / LOG_NAME)
     return [row for row in rows if not row.get("refresh")], [row for row in rows if row.get("refresh")]
 
 

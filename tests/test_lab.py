@@ -266,7 +266,7 @@ SCORES = {
 def invent_results(plan, folder):
     """Write results as runs would leave them, of known scores."""
     points = (*plan.studies["frontier"], *plan.comparison)
-    methods = {run.folder: point for point in points for run in point.runs if run is point.runs[-1]}
+    methods = {point.runs[-1].folder: point for point in points}
     for run in plan.runs.values():
         point = methods.get(run.folder)
         general, refusal, over_refusal = SCORES["base" if point is None else point.method]

@@ -159,7 +159,7 @@ def frontier(results, table, methods, path):
         path: The picture.
     """
     figure, panels = plt.subplots(3, 2, figsize=(13, 11), sharey="row", sharex="col")
-    lines = {"base model": results.bases, "naive tuning": results.naive(table.pipeline.iloc[0])}
+    lines = {"base model": results.bases, results.reference: results.naive(table.pipeline.iloc[0])}
     for column, (x, label) in zip(
         panels.T,
         (("cost", "general samples per safety sample"), ("time", "training time over naive tuning's")),

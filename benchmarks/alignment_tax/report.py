@@ -4,6 +4,7 @@ import json
 import re
 
 import pandas as pd
+from demo import write_whole
 
 from . import figures
 from .results import FIGURES, Results
@@ -249,9 +250,7 @@ def write(plan, lab_dir, output):
         else:
             parts += sections.get(name, study_section)(results, name, study, methods, output)
     path = output / "results.md"
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join(parts), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "\n".join(parts))
     return path
 
 

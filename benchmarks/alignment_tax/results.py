@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from llamafactory_ogpsa.report import LOG_NAME, read_log
+
 
 FIGURES = ("general", "refusal", "over_refusal")
 
@@ -34,25 +36,24 @@ class Results:
         self.bases = pd.DataFrame([{"seed": seed, **self._scores(run)} for seed, run in plan.bases.items()])
         self.comparison = self._table(plan.comparison)
         self.studies = {name: self._table(points) for name, points in plan.studies.items()}
+        naive = self.comparison[self.comparison.method == self.reference].set_index(["pipeline", "seed"])
         for table in (self.comparison, *self.studies.values()):
-            pairs = zip(table.pipeline, table.seed, strict=True)
-            of_naive = [self.naive(pipeline).set_index("seed").loc[seed] for pipeline, seed in pairs]
-            table["time"] = table.seconds / [row.seconds for row in of_naive]
-            table["extra_memory"] = table.memory - [row.memory for row in of_naive]
+            of_naive = naive.loc[list(zip(table.pipeline, table.seed, strict=True))]
+            table["time"] = table.seconds / of_naive.seconds.to_numpy()
+            table["extra_memory"] = table.memory - of_naive.memory.to_numpy()
 
     def naive(self, pipeline):
         """Give the rows of the reference method in a pipeline."""
         table = self.comparison
         return table[(table.method == self.reference) & (table.pipeline == pipeline)]
 
-    def read(self, run, name="result.json"):
-        """Read a JSON file of a run."""
-        return json.loads((self.lab_dir / run.folder / name).read_text(encoding="utf-8"))
+    def read(self, run):
+        """Read what a run left."""
+        return json.loads((self.lab_dir / run.folder / "result.json").read_text(encoding="utf-8"))
 
     def log(self, run):
         """Read the rows of the logged steps of an OGPSA run."""
-        path = self.lab_dir / run.folder / "train" / "ogpsa_log.jsonl"
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_log(self.lab_dir / run.folder / "train" / LOG_NAME)
         return [row for row in rows if not row.get("refresh")]
 
     def _scores(self, run):

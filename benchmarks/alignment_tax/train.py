@@ -12,12 +12,15 @@ import traceback
 from pathlib import Path
 
 import torch
+from demo import write_whole
 from score import score_checkpoint
 
 import llamafactory_ogpsa
+from llamafactory_ogpsa.report import LOG_NAME, read_log
 
 from . import ROOT
 from .plan import write_yaml
+from .results import FIGURES
 
 
 def make_run(run, lab_dir):
@@ -60,9 +63,7 @@ def _make(run, lab_dir, folder):
     result = _train(run, lab_dir, folder) if run.options is not None else _merge(run, lab_dir, folder)
     result |= {"seed": run.seed, "options": run.options, "share": run.share, "made_by": made_by()}
     result["scores"] = score_checkpoint(Path(lab_dir) / run.model, Path(lab_dir) / "data")
-    partial = folder / "result.json.partial"
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(folder / "result.json")
+    write_whole(folder / "result.json", json.dumps(result, indent=1))
 
 
 def made_by():
@@ -99,8 +100,7 @@ def _train(run, lab_dir, folder):
     for checkpoint in sorted((folder / "train").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
         if run.compared:
             scores = score_checkpoint(checkpoint, data_dir)
-            figures = {name: scores[name] for name in ("general", "refusal", "over_refusal")}
-            curve.append({"step": int(checkpoint.name.split("-")[1]), **figures})
+            curve.append({"step": int(checkpoint.name.split("-")[1]), **{name: scores[name] for name in FIGURES}})
         shutil.rmtree(checkpoint)
 
     trained = json.loads((folder / "train" / "train_results.json").read_text())
@@ -109,7 +109,7 @@ def _train(run, lab_dir, folder):
         "seconds": trained["train_runtime"],
         "memory": memory,
         "train_samples": steps * run.options["per_device_train_batch_size"],
-        "reference_samples": _reference_samples(run.options, folder / "train" / "ogpsa_log.jsonl"),
+        "reference_samples": _reference_samples(run.options, folder / "train" / LOG_NAME),
         "dataset_sizes": [len(json.loads((data_dir / f"{name}.json").read_text())) for name in names],
         "curve": curve,
     }
@@ -117,9 +117,9 @@ def _train(run, lab_dir, folder):
 
 def _reference_samples(options, log):
     """Count the samples of all reference passes of a run, by the refreshes that it logged."""
-    if not log.is_file():
+    refreshes = sum(row.get("refresh", False) for row in read_log(log))
+    if not refreshes:
         return 0
-    refreshes = sum(json.loads(line).get("refresh", False) for line in log.read_text().splitlines())
     per_set = options.get("ogpsa_refresh_samples") or options["ogpsa_num_samples"]
     return refreshes * per_set * len(options["ogpsa_dataset"].split(","))
 
