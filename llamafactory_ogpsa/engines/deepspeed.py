@@ -5,6 +5,7 @@ the engines read the ZeRO optimizers' own bookkeeping, and check at the start th
 """
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ def _check(engine: Any) -> None:
         )
 
 
-class ZeroEngine:
+class ZeroEngine(ABC):
     """What the engines of the ZeRO stages have in common.
 
     DeepSpeed averages gradients over the processes, which `backward` makes up for, and clips inside its step, after
@@ -185,21 +186,21 @@ class ZeroEngine:
         if self._offload and self._compute_device.type != "cpu":
             torch.accelerator.synchronize()
 
+    @abstractmethod
     def _offloads(self) -> bool:
         """Tell whether the complete gradients are in host memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _find_places(self) -> list[Place | None]:
         """Return where the piece of each parameter is; None where this process has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _buffers(self) -> list[torch.Tensor]:
         """Return the flat gradients in host memory of an offloading optimizer, one a group."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         """Return the gradients on the device, by group, in the order of `Place.index`; no group without gradients."""
-        raise NotImplementedError
 
     def gradients(self) -> list[torch.Tensor | None]:
         self._wait()
