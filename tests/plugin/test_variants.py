@@ -1,10 +1,12 @@
 """Every way of training that one process offers, a few steps each, through LLaMA-Factory's own entry."""
 
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
 from conftest import OGPSA, load_weights, make_model_dir, read_rows, run_here
+from packaging.version import Version
 from transformers import TrainerCallback
 
 
@@ -78,9 +80,14 @@ VARIANTS = {
     },
 }
 
+# LLaMA-Factory 0.9.4 does not know the one, and refuses the other with transformers 4.53 and newer.
+NEWER = {"eaft loss", "neat_packing"}
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_trains_and_projects(base_args, name):
+    if name in NEWER and Version(version("llamafactory")) < Version("0.9.5"):
+        pytest.skip("LLaMA-Factory older than 0.9.5 does not offer it")
     args = {**base_args, **OGPSA, **VARIANTS[name]}
     run_here(args)
     steps, refreshes = read_rows(args["output_dir"])
