@@ -61,7 +61,7 @@ RUNS = {
 }
 
 CASES = [(engine, name) for engine in ENGINES for name in RUNS if name != "bco full"]
-CASES += [("ddp", "bco full")]
+CASES += [("ddp", "bco full"), ("zero2", "bco full")]
 
 
 def on_two(args, engine):
@@ -137,7 +137,7 @@ def read_norms(output_dir):
     return [entry["grad_norm"] for entry in history if "grad_norm" in entry]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
 def test_a_process_without_a_reference_sample_waits_for_the_other(base_args, tmp_path, engine):
     args = {**base_args, "stage": "ogpsa_sft", "ogpsa_dataset": "helpful", "ogpsa_num_samples": 1}
     run_cli(on_two(args, engine), tmp_path, env=TWO)
@@ -146,7 +146,7 @@ def test_a_process_without_a_reference_sample_waits_for_the_other(base_args, tmp
     assert refreshes[0]["rank"] == 1
 
 
-@pytest.mark.parametrize("engine", ["zero2 offload", "zero3"])
+@pytest.mark.parametrize("engine", ["zero1", "zero2 offload", "zero3", "zero3 offload"])
 def test_monitor_leaves_the_weights_as_a_stock_run_does(base_args, tmp_path, engine):
     args = on_two({**base_args, "gradient_accumulation_steps": 2}, engine)
     stock = {**args, "output_dir": str(tmp_path / "stock")}
