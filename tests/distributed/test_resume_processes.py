@@ -1,6 +1,7 @@
 """Two gloo processes, one of which is killed or has values that are not finite."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,15 @@ def train_on_two(args, tmp_path, script, *words):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TWO})
 
 
+def assert_same_run(out, expected):
+    """Compare the final weights bit by bit, and the rows of the log but for their times."""
+    weights, expected_weights = load_weights(out), load_weights(expected)
+    assert weights.keys() == expected_weights.keys()
+    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
+    for rows, expected_rows in zip(read_rows(out), read_rows(expected), strict=True):
+        assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected_rows]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_of_which_a_process_was_killed_goes_on(base_args, tmp_path, name):
     engine, changes, target, number = RUNS[name]
@@ -59,11 +69,32 @@ def test_a_run_of_which_a_process_was_killed_goes_on(base_args, tmp_path, name):
     resumed = train_on_two({**cut, "resume_from_checkpoint": str(complete[-1])}, tmp_path, KILLED)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
 
-    weights, expected = load_weights(out), load_weights(whole["output_dir"])
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    for rows, expected_rows in zip(read_rows(out), read_rows(whole["output_dir"]), strict=True):
-        assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected_rows]
+    assert_same_run(out, whole["output_dir"])
+
+
+# At step 4 the basis of step 3 is in use.
+@pytest.mark.parametrize(
+    ("engine", "changes"),
+    [
+        ("zero1", {"finetuning_type": "lora", "lora_dropout": 0.1}),
+        ("zero2 offload", {"gradient_accumulation_steps": 2}),
+        ("zero3", {"stage": "ogpsa_dpo", "dataset": "safety_pairs", "ogpsa_loss": "sft"}),
+        ("zero3 offload", {"ogpsa_scope": "global", "ogpsa_rank": 4}),
+    ],
+)
+def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path, engine, changes):
+    args = {**base_args, **OGPSA, "ogpsa_update_interval": 3, "max_steps": 6, "learning_rate": 0.003, **changes}
+    args = {**on_two(args, engine), "save_strategy": "steps", "save_steps": 4}
+    finished = train_on_two(args, tmp_path, KILLED)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    out, whole = Path(args["output_dir"]), tmp_path / "whole"
+    shutil.copytree(out, whole)
+    for weights in out.glob("*.safetensors"):
+        weights.unlink()
+
+    resumed = train_on_two({**args, "resume_from_checkpoint": str(out / "checkpoint-4")}, tmp_path, KILLED)
+    assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert_same_run(out, whole)
 
 
 def test_values_that_are_not_finite_in_one_process(base_args, tmp_path):
