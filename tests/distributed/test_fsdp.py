@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,25 @@ def test_two_processes_do_what_one_does(base_args, tmp_path, name):
         assert weights.keys() == expected.keys()
         difference = torch.cat([(weights[k].double() - expected[k].double()).flatten() for k in expected]).norm()
         assert difference / torch.cat([expected[k].double().flatten() for k in expected]).norm() <= 1e-5
+
+
+def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
+    args = {**base_args, **OGPSA, "ddp_backend": "gloo", "ogpsa_update_interval": 3, "max_steps": 6}
+    args |= {"model_name_or_path": make_model_dir(tmp_path / "model", tie=False), "learning_rate": 0.003}
+    args |= {"save_strategy": "steps", "save_steps": 2}
+    finished = launch(args, tmp_path)
+    assert finished.returncode == 0, finished.stderr[-6000:]
+    out, whole = Path(args["output_dir"]), tmp_path / "whole"
+    shutil.copytree(out, whole)
+    shutil.rmtree(out / "checkpoint-6")
+
+    resumed = launch({**args, "resume_from_checkpoint": str(out / "checkpoint-4")}, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-6000:]
+    weights, expected = (load_sharded(run / "checkpoint-6", tmp_path) for run in (out, whole))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for rows, expected_rows in zip(read_rows(out), read_rows(whole), strict=True):
+        assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected_rows]
 
 
 def test_fsdp1_is_refused_by_name(base_args, tmp_path):
