@@ -42,11 +42,9 @@ RUNS = {
 }
 
 
-def launch(args, tmp_path, version=2):
-    """Run `accelerate launch` on LLaMA-Factory; return the finished process."""
-    config = {**CONFIG, "fsdp_config": {**CONFIG["fsdp_config"], "fsdp_version": version}}
-    if version == 1:
-        config["fsdp_config"] |= {"fsdp_reshard_after_forward": "FULL_SHARD"}
+def launch(args, tmp_path, **changes):
+    """Run `accelerate launch` on LLaMA-Factory, with changes of the FSDP settings; return the finished process."""
+    config = {**CONFIG, "fsdp_config": {**CONFIG["fsdp_config"], **changes}}
     (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(args))
     words = ["launch", "--config_file", tmp_path / "accelerate.yaml", "-m", "llamafactory.launcher"]
@@ -115,10 +113,11 @@ def test_two_processes_do_what_one_does(base_args, tmp_path, name):
         assert difference / torch.cat([expected[k].double().flatten() for k in expected]).norm() <= 1e-5
 
 
+# SGD, because accelerate 1.11.0 loses AdamW's state of sharded checkpoints, in stock runs too.
 def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
     args = {**base_args, **OGPSA, "ddp_backend": "gloo", "ogpsa_update_interval": 3, "max_steps": 6}
-    args |= {"model_name_or_path": make_model_dir(tmp_path / "model", tie=False), "learning_rate": 0.003}
-    args |= {"save_strategy": "steps", "save_steps": 2}
+    args |= {"model_name_or_path": make_model_dir(tmp_path / "model", tie=False)}
+    args |= {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2}
     finished = launch(args, tmp_path)
     assert finished.returncode == 0, finished.stderr[-6000:]
     out, whole = Path(args["output_dir"]), tmp_path / "whole"
@@ -135,6 +134,11 @@ def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
 
 
 def test_fsdp1_is_refused_by_name(base_args, tmp_path):
-    process = launch({**base_args, **OGPSA, "ddp_backend": "gloo"}, tmp_path, version=1)
+    process = launch(
+        {**base_args, **OGPSA, "ddp_backend": "gloo"},
+        tmp_path,
+        fsdp_version=1,
+        fsdp_reshard_after_forward="FULL_SHARD",
+    )
     assert process.returncode != 0
     assert "`fsdp_version` is 1 under OGPSA; allowed: 2 (FSDP2, PyTorch's `fully_shard`)." in process.stderr
