@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.version import Version
 
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -195,6 +197,12 @@ def said(caplog, monkeypatch):
 
 
 OGPSA = {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful,truthful", "ogpsa_update_interval": 2}
+
+
+def need_llamafactory(minimum):
+    """Skip the test with a LLaMA-Factory that is older."""
+    if Version(version("llamafactory")) < Version(minimum):
+        pytest.skip(f"LLaMA-Factory offers this from {minimum} on")
 
 
 def run_cli(args, tmp_path, env=None, **kwargs):

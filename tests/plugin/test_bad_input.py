@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from conftest import OGPSA, run_here
+from conftest import OGPSA, need_llamafactory, run_here
 
 
 # What is changed on a good run, and what the message must hold.
@@ -72,6 +72,8 @@ CASES = [
 @pytest.mark.usefixtures("no_model")
 @pytest.mark.parametrize(("change", "message"), CASES, ids=[str(change) for change, _ in CASES])
 def test_wrong_option_is_refused(base_args, change, message):
+    if "use_hyper_parallel" in change:
+        need_llamafactory("0.9.5")
     with pytest.raises(ValueError, match=message):
         run_here({**base_args, **OGPSA, **change})
 

@@ -1,12 +1,10 @@
 """Every way of training that one process offers, a few steps each, through LLaMA-Factory's own entry."""
 
 import math
-from importlib.metadata import version
 
 import pytest
 import torch
-from conftest import OGPSA, load_weights, make_model_dir, read_rows, run_here
-from packaging.version import Version
+from conftest import OGPSA, load_weights, make_model_dir, need_llamafactory, read_rows, run_here
 from transformers import TrainerCallback
 
 
@@ -86,8 +84,8 @@ NEWER = {"eaft loss", "neat_packing"}
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant_trains_and_projects(base_args, name):
-    if name in NEWER and Version(version("llamafactory")) < Version("0.9.5"):
-        pytest.skip("LLaMA-Factory older than 0.9.5 does not offer it")
+    if name in NEWER:
+        need_llamafactory("0.9.5")
     args = {**base_args, **OGPSA, **VARIANTS[name]}
     run_here(args)
     steps, refreshes = read_rows(args["output_dir"])
