@@ -1,4 +1,4 @@
-"""What OGPSA costs under DDP and ZeRO: step time and peak memory over a stock run's, in float32.
+"""What OGPSA costs under DDP, ZeRO and FSDP2: step time and peak memory over a stock run's, in float32.
 
     python benchmarks/distributed.py [--processes 2] [--engines ddp,zero2,...] [--hidden 512]
 
@@ -25,14 +25,25 @@ from overhead import StepTimer
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# The ZeRO stage of each engine, and whether its optimizer is offloaded to the CPU.
+# The ZeRO stage of each engine, and whether its optimizer is offloaded to the CPU; None where DeepSpeed has no part.
 ENGINES = {
     "ddp": None,
+    "fsdp2": None,
     "zero1": (1, False),
     "zero2": (2, False),
     "zero2_offload": (2, True),
     "zero3": (3, False),
     "zero3_offload": (3, True),
+}
+
+# What `accelerate launch` makes of a configuration file for FSDP2.
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 
 
@@ -156,8 +167,13 @@ def work(folder: Path, engine: str, names: str, steps: int, repeats: int) -> Non
 def launch(folder: Path, engine: str, names: str, processes: int, steps: int, repeats: int) -> dict:
     """Run `work` in processes of their own and return its figures."""
     environment = dict(os.environ)
+    if engine == "fsdp2":
+        environment |= FSDP2
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
+        # accelerate offers FSDP on accelerators only; what the tests have for this lets it on a CPU.
+        paths = [str(ROOT / "tests" / "distributed" / "fsdp_on_cpu"), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     command += [__file__, "--steps", str(steps), "--repeats", str(repeats), "--worker", str(folder), engine, names]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
