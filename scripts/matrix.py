@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
-TESTS = ["tests/test_autoload.py", "tests/plugin"]
+TESTS = ["tests/test_autoload.py", "tests/kernels", "tests/plugin"]
 BEGIN, END = "<!-- table: scripts/matrix.py -->", "<!-- end of table -->"
 
 

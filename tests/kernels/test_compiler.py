@@ -19,6 +19,11 @@ from triton.compiler import ASTSource
 
 from llamafactory_ogpsa.kernels import triton_kernels
 
+try:
+    from triton.backends.compiler import AttrsDescriptor  # Triton 3.2
+except ImportError:
+    AttrsDescriptor = None
+
 backend, architecture, warp = json.loads(sys.argv[1])
 cases = json.loads(sys.argv[2])
 TYPES = dict(tile_piece="*i32", max_norm="fp32", norms="*fp64")
@@ -28,7 +33,12 @@ for name, constants in cases:
     kernel = getattr(triton_kernels, name)
     names = kernel.arg_names
     signature = {n: "constexpr" if n.isupper() else TYPES.get(n, "*fp32") for n in names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
+    pointers = [i for i, n in enumerate(names) if signature[n].startswith("*")]
+    if AttrsDescriptor is None:
+        aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    else:
+        signature = {n: kind for n, kind in signature.items() if kind != "constexpr"}
+        aligned = AttrsDescriptor.from_dict({"cls": "AttrsDescriptor", "arg_properties": {"tt.divisibility": pointers}})
     source = ASTSource(kernel, signature, {n: constants[n] for n in names if n.isupper()}, aligned)
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options={"num_warps": 8})
     ptx = compiled.asm.get("ptx", "")
@@ -52,6 +62,8 @@ def _compile(target, cases):
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     command = [sys.executable, "-c", SCRIPT, json.dumps(target), json.dumps(cases)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if "ROCm linker" in run.stderr:
+        pytest.skip("this Triton takes the linker of a ROCm that is not installed")
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
