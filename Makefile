@@ -14,8 +14,10 @@ demo: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/python -m benchmarks.alignment_tax $(if $(filter-out 0,$(QUICK)),--quick)
 
+# All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores to themselves.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed --ignore tests/webui
+	$(BIN)/python -m pytest tests/distributed tests/webui
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
