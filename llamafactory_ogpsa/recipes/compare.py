@@ -82,7 +82,7 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
     """Draw general ability against refusals of harmful and of harmless prompts.
 
     Raises:
-        RecipeError: no row has both.
+        RecipeError: no row has both, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -99,7 +99,10 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
         axes.set(xlabel=f"{AVERAGE[:-1]}(%) ↑", ylabel=f"{column[:-1]}(%) {column[-1]}")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(points.values()), loc="outside right center")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
+    except (OSError, ValueError) as err:
+        raise RecipeError(f"cannot write the picture {path}: {err}.") from err
 
 
 def read_rows(folders: Sequence[str]) -> dict[str, dict[str, float]]:

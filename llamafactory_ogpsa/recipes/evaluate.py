@@ -40,7 +40,7 @@ def evaluate(
         the harness's exit status.
 
     Raises:
-        RecipeError: the harness is not installed, or there is no such judge.
+        RecipeError: the harness is not installed, there is no such judge, or the safety data cannot be used.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(
@@ -49,9 +49,25 @@ def evaluate(
     given = {name: value for name, value in sources.items() if value}
     if "judge" in given:
         load_judge(given["judge"])
+    check_safety_data(given)
     command = harness_command(model, adapter, output, tasks or TASKS[kind], given, extra)
     print(shlex.join(command), file=sys.stderr)
     return subprocess.run(command).returncode
+
+
+def check_safety_data(given: dict[str, str]) -> None:
+    """Read what was given as safety data, because the harness would show a traceback.
+
+    Raises:
+        RecipeError: it cannot be used; says why.
+    """
+    from .tasks import functions
+
+    if "xstest" in given:
+        functions.xstest_safe(given["xstest"])
+        functions.xstest_unsafe(given["xstest"])
+    if "strongreject" in given:
+        functions.strongreject(given["strongreject"])
 
 
 def harness_command(

@@ -46,8 +46,12 @@ def make_samples(rows: Iterable[dict[str, Any]], drops: Counter, binarized: bool
 
 def raw_pair(row: dict[str, Any]) -> tuple[str, str] | str:
     """Return the completions with the highest and the lowest `overall_score`, or why there are none."""
+    completions = row["completions"] or []
+    if not isinstance(completions, list):
+        raise RecipeError("the column completions has another schema: it holds no list of answers.")
+
     scored = []
-    for completion in row["completions"] or []:
+    for completion in completions:
         found = list(completion) if isinstance(completion, dict) else [type(completion).__name__]
         missing = [name for name in ("response", "overall_score") if name not in found]
         if missing:
@@ -62,7 +66,9 @@ def raw_pair(row: dict[str, Any]) -> tuple[str, str] | str:
     if len(scored) < 2:
         return "fewer than two answers with text and score"
     best, worst = max(scored, key=lambda pair: pair[0]), min(scored, key=lambda pair: pair[0])
-    return (best[1], worst[1]) if best[0] > worst[0] else "all answers have the same score"
+    if best[0] == worst[0]:
+        return "all answers have the same score"
+    return (best[1], worst[1]) if best[1] != worst[1] else "best and worst answer are the same"
 
 
 def binarized_pair(row: dict[str, Any]) -> tuple[str, str] | str:

@@ -68,10 +68,12 @@ def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
     """Add entries to those that are there, which stay as they are.
 
     Raises:
-        RecipeError: there is another entry of such a name, whose file would be overwritten.
+        RecipeError: there is another entry of such a name or for such a file, which would be overwritten.
     """
-    for name, entry in entries.items():
-        if info.get(name, entry) != entry:
+    files = {entry["file_name"] for entry in entries.values()}
+    for name, entry in info.items():
+        file = entry.get("file_name") if isinstance(entry, dict) else None
+        if entry != entries.get(name, entry) or (name not in entries and file in files):
             raise RecipeError(f"{INFO} has another entry {name}, which stays as it is; take another --output.")
     return {**info, **entries}
 

@@ -68,6 +68,8 @@ def make_samples(rows: Iterable[dict[str, Any]], drops: Counter, label: Label) -
         refusal = label(prompt.text, prompt.topic, prompt.safe)
         if refusal is None:
             drops["no refusal for the prompt"] += 1
+        elif refusal == prompt.unsafe:
+            drops["refusal and unsafe answer are the same"] += 1
         else:
             samples.append(Sample(prompt.text, refusal, prompt.unsafe))
     return samples

@@ -1,5 +1,6 @@
 """Reading a published dataset through `datasets`: from the hub, a local folder or a local file."""
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,7 +44,10 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
     path = Path(source)
     try:
         if path.is_file():
-            loaded = datasets.load_dataset(str(path.resolve().parent), data_files=[path.name])
+            # Only the folder is resolved: the hub's own cache holds links to files that have other names. What
+            # `data_files` takes is a pattern.
+            folder = path.parent.resolve()
+            loaded = datasets.load_dataset(str(folder), data_files=[glob.escape(str(folder / path.name))])
         elif not path.exists() and (path.suffix in _FILES or source.startswith((".", "/", "~"))):
             raise RecipeError(f"{source} does not exist.")
         else:

@@ -119,6 +119,13 @@ def test_the_command_prints_a_table_and_draws(results, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["nowhere/p.png", "p.xyz", "naive"])
+def test_a_picture_that_cannot_be_written_is_told(results, name, capsys):
+    assert main(["compare", str(results / "naive"), "--picture", str(results / name)]) == 2
+    assert f"cannot write the picture {results / name}: " in capsys.readouterr().err
+    assert {path.name for path in results.iterdir()} == {"naive", "ogpsa"}
+
+
 def test_what_was_not_measured_is_a_dash():
     rows = {"a": {AVERAGE: 0.5, "mmlu": 0.5}, "b": {SAFETY["ogpsa_strongreject"]: 1.0}}
     assert columns_of(rows) == [AVERAGE, "mmlu", SAFETY["ogpsa_strongreject"]]

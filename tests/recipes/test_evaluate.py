@@ -58,8 +58,8 @@ def write_truthfulqa(folder):
 
 
 def test_from_raw_files_to_the_comparison(harness_here, tmp_path, monkeypatch, capsys):
-    """A Qwen after SFT and DPO as a full checkpoint, a Llama after SFT as a LoRA adapter."""
-    from transformers import AutoTokenizer
+    """SFT and DPO of a Qwen, as a full checkpoint, and of a Llama, as a LoRA adapter on the SFT's exported model."""
+    from llamafactory.train.tuner import export_model
 
     monkeypatch.chdir(tmp_path)
     for recipe, make in [("safety", make_pku), ("helpful", make_ultrafeedback), ("truthful", make_halueval)]:
@@ -76,13 +76,20 @@ def test_from_raw_files_to_the_comparison(harness_here, tmp_path, monkeypatch, c
         return args["output_dir"]
 
     checkpoint = train("qwen2_5_7b_full_dpo_ogpsa", train("qwen2_5_7b_full_sft_ogpsa", qwen))
-    adapter = train("llama3_1_8b_lora_sft_ogpsa", llama)
-    # A published chat model brings its chat template along; that of the tiny one is what LLaMA-Factory saved.
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(llama)
+    merged = str(tmp_path / "merged")
+    export_model(
+        {
+            "model_name_or_path": llama,
+            "adapter_name_or_path": train("llama3_1_8b_lora_sft_ogpsa", llama),
+            "template": "llama3",
+            "export_dir": merged,
+        }
+    )
+    adapter = train("llama3_1_8b_lora_dpo_ogpsa", merged)
 
     safety = write_safety_data(tmp_path)
     write_truthfulqa(tmp_path)
-    for name, model in [("qwen", ["--model", checkpoint]), ("llama", ["--model", llama, "--adapter", adapter])]:
+    for name, model in [("qwen", ["--model", checkpoint]), ("llama", ["--model", merged, "--adapter", adapter])]:
         output = ["--output", f"results/{name}", *QUICK]
         assert main(["evaluate", "safety", *model, *safety, *output]) == 0
         assert main(["evaluate", "general", *model, *output, "--tasks", "truthfulqa_mc2"]) == 0
@@ -146,6 +153,24 @@ def test_the_command_line_of_the_harness():
         "ogpsa_xstest_safe.yaml",
         "ogpsa_xstest_unsafe.yaml",
     }
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "told"),
+    [
+        ("--xstest", None, "does not exist"),
+        ("--xstest", "id,type,prompt\n1,x,ba\n", "the columns [label] are missing; found: [id, type, prompt]"),
+        ("--xstest", "prompt,label\nba,safe\n", "the safety data has no prompt of this kind"),
+        ("--strongreject", "text\nba\n", "[forbidden_prompt] or [prompt] are missing; found: [text]"),
+    ],
+)
+def test_safety_data_that_cannot_be_used_are_told_before_the_harness_runs(option, content, told, tmp_path, capsys):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+    file = tmp_path / "prompts.csv"
+    if content:
+        file.write_text(content)
+    assert main(["evaluate", "safety", "--model", "m", "--output", str(tmp_path), option, str(file)]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_missing_harness_is_told_with_the_way_to_install_it(monkeypatch):

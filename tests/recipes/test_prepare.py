@@ -146,6 +146,20 @@ def test_a_file_is_found_from_the_current_folder(raw, tmp_path, monkeypatch):
     assert len(read(tmp_path / "out", "safety_sft")) > 20
 
 
+@pytest.mark.parametrize("name", ["link.jsonl", "raw[1].jsonl", "data[1]/raw.jsonl"])
+def test_links_and_names_that_are_patterns_are_files(name, raw, tmp_path):
+    source = tmp_path / name
+    source.parent.mkdir(exist_ok=True)
+    if name.startswith("link"):
+        (tmp_path / "blob").write_bytes(Path(raw["safety"]).read_bytes())
+        source.symlink_to("blob")  # as the hub's cache has them
+    else:
+        source.write_bytes(Path(raw["safety"]).read_bytes())
+    assert prepare("safety", source, tmp_path / "out") == 0
+    assert prepare("safety", raw["safety"], tmp_path / "plain") == 0
+    assert read(tmp_path / "out", "safety_dpo") == read(tmp_path / "plain", "safety_dpo")
+
+
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(raw, tmp_path):
     for folder, seed in [("a", "3"), ("b", "3"), ("c", "4")]:
         prepare("safety", raw["safety"], tmp_path / folder, "--seed", seed)
@@ -169,6 +183,7 @@ def test_other_entries_stay_as_they_are(raw, tmp_path):
     ("info", "message"),
     [
         ('{"safety_sft": {"file_name": "safety_sft.json"}}', "has another entry safety_sft"),
+        ('{"mine": {"file_name": "safety_dpo_heldout.json"}}', "has another entry mine"),
         ('{"mine": ', "is not JSON"),
         ("[1]", "is not a JSON object"),
     ],
@@ -329,10 +344,12 @@ def test_preparations_at_once_lose_no_entry(tmp_path):
 
 
 def test_merging_replaces_nothing(tmp_path):
-    assert merge({"a": {"x": 1}}, {"b": {"y": 2}}) == {"a": {"x": 1}, "b": {"y": 2}}
-    assert merge({"a": {"x": 1}}, {"a": {"x": 1}}) == {"a": {"x": 1}}
-    with pytest.raises(RecipeError):
-        merge({"a": {"x": 1}}, {"a": {"x": 2}})
+    ours, other = {"file_name": "x.json"}, {"file_name": "y.json"}
+    assert merge({"a": other, "b": [1]}, {"c": ours}) == {"a": other, "b": [1], "c": ours}
+    assert merge({"a": ours}, {"a": ours}) == {"a": ours}
+    for info in ({"a": other}, {"a": {**ours, "ranking": True}}, {"b": ours}):
+        with pytest.raises(RecipeError, match="has another entry"):
+            merge(info, {"a": ours})
     assert read_info(tmp_path / "nowhere.json") == {}
 
 

@@ -110,10 +110,14 @@ def test_an_unknown_category_names_itself_and_no_category_is_fine():
 
 
 def test_the_datasets_own_safe_answers_are_refusals_where_there_are_any():
-    records = [pku_record("p", ("unsafe", "a safe answer")), pku_record("q", ("u", "v"), (False, False), (1, 1))]
+    records = [
+        pku_record("p", ("unsafe", "a safe answer")),
+        pku_record("q", ("u", "v"), (False, False), (1, 1)),
+        pku_record("r", ("same", "same")),
+    ]
     samples, drops = read_pku(records, "dataset")
     assert [(sample.prompt, sample.answer) for sample in samples] == [("p", "a safe answer")]
-    assert drops == {"no refusal for the prompt": 1}
+    assert drops == {"no refusal for the prompt": 1, "refusal and unsafe answer are the same": 1}
 
 
 def test_the_users_refusals_are_taken_line_by_line(tmp_path):
@@ -168,6 +172,7 @@ def test_the_best_completion_is_chosen_and_the_worst_rejected():
             ultrafeedback_record("q", ["bad", " best ", "worst", ""], [5.0, 9.5, 2.0, 10.0]),
             ultrafeedback_record(" Q", ["x", "y"], [1.0, 2.0]),
             ultrafeedback_record("tie", ["x", "y"], [4.0, 4.0]),
+            ultrafeedback_record("same", ["x", "x "], [4.0, 5.0]),
             ultrafeedback_record("one", ["x", "y"], [4.0, None]),
             ultrafeedback_record("none", [], []),
             ultrafeedback_record("", ["x", "y"], [1.0, 2.0]),
@@ -177,6 +182,7 @@ def test_the_best_completion_is_chosen_and_the_worst_rejected():
     assert drops == {
         "same prompt as an earlier record": 1,
         "all answers have the same score": 1,
+        "best and worst answer are the same": 1,
         "fewer than two answers with text and score": 2,
         "empty prompt": 1,
     }
@@ -198,6 +204,8 @@ def test_columns_that_hold_something_else_are_refused():
     renamed["completions"] = [{"response": "x", "score": 1.0}]
     with pytest.raises(RecipeError, match=r"\[overall_score\] are missing; found: \[response, score\]"):
         read_helpful([renamed])
+    with pytest.raises(RecipeError, match="completions has another schema: it holds no list"):
+        read_helpful([{"instruction": "q", "completions": 7}])
     with pytest.raises(RecipeError, match="chosen has another schema"):
         read_helpful([{"prompt": "p", "chosen": "text", "rejected": "text"}], binarized=True)
 
