@@ -1,6 +1,7 @@
 """`llamafactory-ogpsa compare`: result folders of lm-evaluation-harness → a table and a scatter plot."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,9 +100,12 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
         axes.set(xlabel=f"{AVERAGE[:-1]}(%) ↑", ylabel=f"{column[:-1]}(%) {column[-1]}")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(points.values()), loc="outside right center")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
+        os.replace(temporary, path)
     except (OSError, ValueError) as err:
+        temporary.unlink(missing_ok=True)
         raise RecipeError(f"cannot write the picture {path}: {err}.") from err
 
 

@@ -7,6 +7,7 @@ while it is written changes nothing, and whenever the process is killed, dataset
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,15 +113,19 @@ def replace_all(folder: Path, contents: dict[str, Iterable[str]]) -> None:
         folder: locked by the caller, so that what has a temporary name can only be left from a process that was killed.
         contents: the parts of each file's text by its name.
     """
-    temporary = {name: folder / f".{name}.tmp" for name in contents}
+    # A link stays one, to the new content.
+    paths = {name: (folder / name).resolve() for name in contents}
+    temporary = {name: path.with_name(f".{path.name}.tmp") for name, path in paths.items()}
     try:
         for name, parts in contents.items():
             with open(temporary[name], "w", encoding="utf-8", newline="\n") as f:
                 f.writelines(parts)
                 f.flush()
                 os.fsync(f.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
+            if paths[name].exists():
+                shutil.copymode(paths[name], temporary[name])
+        for name, path in paths.items():
+            os.replace(temporary[name], path)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
