@@ -15,9 +15,12 @@ lab: $(STAMP)
 	$(BIN)/python -m benchmarks.alignment_tax $(if $(filter-out 0,$(QUICK)),--quick)
 
 # All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores to themselves.
+ALONE := tests/distributed tests/webui
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/distributed --ignore tests/webui
-	$(BIN)/python -m pytest tests/distributed tests/webui
+	@status=0; set -x; \
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore %) || status=1; \
+	$(BIN)/python -m pytest $(ALONE) || status=1; \
+	exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,7 +4,8 @@
 
 For each engine, stock and OGPSA runs of LLaMA-Factory alternate in the same processes and are compared by the median
 of their steps without refresh. Memory is that of the first process, of one run in processes of its own: on GPUs
-PyTorch's peak of allocated memory, elsewhere the peak resident memory. Beside it stands the basis's size by the formula
+PyTorch's peak of allocated memory, elsewhere the peak resident memory, with a malloc that gives freed memory back at
+once. Beside it stands the basis's size by the formula
 of docs/distributed.md.
 """
 
@@ -172,7 +173,7 @@ def launch(folder: Path, engine: str, names: str, processes: int, steps: int, re
     if not torch.cuda.is_available():
         environment["DS_ACCELERATOR"] = "cpu"
         if "," not in names:
-            # For memory: glibc gives freed memory back at once, so that the peak is of what was in use.
+            # A run for its memory: glibc gives freed tensors back at once, so that the peak is of what was in use.
             environment["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
         # accelerate offers FSDP on accelerators only; what the tests have for this lets it on a CPU.
         paths = [str(ROOT / "tests" / "distributed" / "fsdp_on_cpu"), environment.get("PYTHONPATH", "")]

@@ -1,4 +1,4 @@
-"""Try the end-to-end tests in environments of other versions, and write the table of docs/compatibility.md.
+"""Try the kernels' and the end-to-end tests in environments of other versions, and write the table of docs/compatibility.md.
 
     python scripts/matrix.py [--only NAME ...] [--keep]
 

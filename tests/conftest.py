@@ -201,7 +201,7 @@ OGPSA = {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful,truthful", "ogpsa_updat
 
 def need_llamafactory(minimum):
     """Skip the test with a LLaMA-Factory that is older."""
-    if Version(version("llamafactory")) < Version(minimum):
+    if Version(version("llamafactory")).release < Version(minimum).release:
         pytest.skip(f"LLaMA-Factory offers this from {minimum} on")
 
 

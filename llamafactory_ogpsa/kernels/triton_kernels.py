@@ -206,7 +206,7 @@ def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
     total = tl.sum(total, 0)
     kept = tl.sum(kept, 0)
     finite = tl.abs(total.to(tl.float32)) < float("inf")
-    # In the interpreter max_norm is a number, whose comparison Triton 3.2 could not combine with a tensor's.
+    # A tensor in the interpreter too: the one of Triton 3.2 has no `|` of a bool and a tensor.
     max_norm = tl.full([], max_norm, tl.float32)
     factor = max_norm / (tl.sqrt(tl.where(finite, kept, total)) + 1e-6)
     # A factor that is not a number stays, as in torch.

@@ -105,8 +105,9 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
         os.replace(temporary, path)
     except (OSError, ValueError) as err:
+        raise RecipeError(f"cannot write the picture {path}: {getattr(err, 'strerror', None) or err}.") from err
+    finally:
         temporary.unlink(missing_ok=True)
-        raise RecipeError(f"cannot write the picture {path}: {err}.") from err
 
 
 def read_rows(folders: Sequence[str]) -> dict[str, dict[str, float]]:

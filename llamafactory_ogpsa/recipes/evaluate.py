@@ -49,25 +49,26 @@ def evaluate(
     given = {name: value for name, value in sources.items() if value}
     if "judge" in given:
         load_judge(given["judge"])
-    check_safety_data(given)
-    command = harness_command(model, adapter, output, tasks or TASKS[kind], given, extra)
+    tasks = tasks or TASKS[kind]
+    check_safety_data(tasks, given)
+    command = harness_command(model, adapter, output, tasks, given, extra)
     print(shlex.join(command), file=sys.stderr)
     return subprocess.run(command).returncode
 
 
-def check_safety_data(given: dict[str, str]) -> None:
-    """Read what was given as safety data, because the harness would show a traceback.
+def check_safety_data(tasks: str, given: dict[str, str]) -> None:
+    """Read what was given as safety data for these tasks, because the harness would show a traceback.
 
     Raises:
         RecipeError: it cannot be used; says why.
     """
     from .tasks import functions
 
-    if "xstest" in given:
-        functions.xstest_safe(given["xstest"])
-        functions.xstest_unsafe(given["xstest"])
-    if "strongreject" in given:
-        functions.strongreject(given["strongreject"])
+    asked = tasks.split(",")
+    for name in ("xstest_safe", "xstest_unsafe", "strongreject"):
+        source = name.split("_")[0]
+        if source in given and ("ogpsa_safety" in asked or f"ogpsa_{name}" in asked):
+            getattr(functions, name)(given[source])
 
 
 def harness_command(

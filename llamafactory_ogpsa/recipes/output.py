@@ -7,7 +7,6 @@ while it is written changes nothing, and whenever the process is killed, dataset
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +72,7 @@ def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
     """
     files = {entry["file_name"] for entry in entries.values()}
     for name, entry in info.items():
-        file = entry.get("file_name") if isinstance(entry, dict) else None
+        file = os.path.normpath(str(entry.get("file_name"))) if isinstance(entry, dict) else None
         if entry != entries.get(name, entry) or (name not in entries and file in files):
             raise RecipeError(f"{INFO} has another entry {name}, which stays as it is; take another --output.")
     return {**info, **entries}
@@ -113,19 +112,15 @@ def replace_all(folder: Path, contents: dict[str, Iterable[str]]) -> None:
         folder: locked by the caller, so that what has a temporary name can only be left from a process that was killed.
         contents: the parts of each file's text by its name.
     """
-    # A link stays one, to the new content.
-    paths = {name: (folder / name).resolve() for name in contents}
-    temporary = {name: path.with_name(f".{path.name}.tmp") for name, path in paths.items()}
+    temporary = {name: folder / f".{name}.tmp" for name in contents}
     try:
         for name, parts in contents.items():
             with open(temporary[name], "w", encoding="utf-8", newline="\n") as f:
                 f.writelines(parts)
                 f.flush()
                 os.fsync(f.fileno())
-            if paths[name].exists():
-                shutil.copymode(paths[name], temporary[name])
-        for name, path in paths.items():
-            os.replace(temporary[name], path)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import OGPSA, WORDS, load_weights, make_model_dir, read_rows, run_here
+from test_resume_processes import take_checkpoint
 
 
 pytestmark = pytest.mark.cli
@@ -122,10 +123,11 @@ def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
     assert finished.returncode == 0, finished.stderr[-6000:]
     out, whole = Path(args["output_dir"]), tmp_path / "whole"
     shutil.copytree(out, whole)
-    shutil.rmtree(out / "checkpoint-6")
+    checkpoint = take_checkpoint(out, 4, tmp_path / "taken")
 
-    resumed = launch({**args, "resume_from_checkpoint": str(out / "checkpoint-4")}, tmp_path)
+    resumed = launch({**args, "resume_from_checkpoint": str(checkpoint)}, tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-6000:]
+    assert not (out / "checkpoint-2").exists()  # which a run from the start would have saved
     weights, expected = (load_sharded(run / "checkpoint-6", tmp_path) for run in (out, whole))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

@@ -40,6 +40,15 @@ def train_on_two(args, tmp_path, script, *words):
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TWO})
 
 
+def take_checkpoint(out, step, to):
+    """Leave a run nothing but a checkpoint and its log, both in another folder; return the checkpoint."""
+    to.mkdir()
+    checkpoint = (out / f"checkpoint-{step}").rename(to / f"checkpoint-{step}")
+    (out / "ogpsa_log.jsonl").rename(to / "ogpsa_log.jsonl")
+    shutil.rmtree(out)
+    return checkpoint
+
+
 def assert_same_run(out, expected):
     """Compare the final weights bit by bit, and the rows of the log but for their times."""
     weights, expected_weights = load_weights(out), load_weights(expected)
@@ -89,11 +98,11 @@ def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path, engine, changes):
     assert finished.returncode == 0, finished.stderr[-4000:]
     out, whole = Path(args["output_dir"]), tmp_path / "whole"
     shutil.copytree(out, whole)
-    for weights in out.glob("*.safetensors"):
-        weights.unlink()
+    checkpoint = take_checkpoint(out, 4, tmp_path / "taken")
 
-    resumed = train_on_two({**args, "resume_from_checkpoint": str(out / "checkpoint-4")}, tmp_path, KILLED)
+    resumed = train_on_two({**args, "resume_from_checkpoint": str(checkpoint)}, tmp_path, KILLED)
     assert resumed.returncode == 0, resumed.stderr[-4000:]
+    assert not (out / "checkpoint-4").exists()  # which a run from the start would have saved
     assert_same_run(out, whole)
 
 

@@ -62,7 +62,7 @@ def _compile(target, cases):
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     command = [sys.executable, "-c", SCRIPT, json.dumps(target), json.dumps(cases)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if "ROCm linker" in run.stderr:
+    if run.returncode != 0 and target[0] == "hip" and "ROCm linker" in run.stderr:
         pytest.skip("this Triton takes the linker of a ROCm that is not installed")
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]

@@ -248,6 +248,7 @@ def test_a_run_that_was_killed_goes_on(base_args, tmp_path, saved, name):
     )
     # An uncaught KeyboardInterrupt ends Python by the signal; what else is imported may make an exit status of it.
     assert process.returncode in {"SIGKILL": [-9], "SIGTERM": [-15], "SIGINT": [-2, 1]}[kind], process.stderr[-2000:]
+    assert (b"KeyboardInterrupt" in process.stderr) == (kind == "SIGINT")
     out = tmp_path / "out"
     assert not (out / "model.safetensors").exists()
     with open(out / "ogpsa_log.jsonl", "a") as f:

@@ -179,23 +179,12 @@ def test_other_entries_stay_as_they_are(raw, tmp_path):
     assert {name: info[name] for name in others} == others
 
 
-def test_a_linked_dataset_info_stays_a_link_with_its_permissions(raw, tmp_path):
-    out, kept = tmp_path / "out", tmp_path / "kept.json"
-    out.mkdir()
-    kept.write_text('{"mine": {"file_name": "mine.json"}}')
-    kept.chmod(0o640)
-    (out / "dataset_info.json").symlink_to(kept)
-    assert prepare("helpful", raw["helpful"], out) == 0
-    assert (out / "dataset_info.json").is_symlink()
-    assert list(json.loads(kept.read_text())) == ["mine", *names_of("helpful")]
-    assert kept.stat().st_mode & 0o777 == 0o640
-
-
 @pytest.mark.parametrize(
     ("info", "message"),
     [
         ('{"safety_sft": {"file_name": "safety_sft.json"}}', "has another entry safety_sft"),
         ('{"mine": {"file_name": "safety_dpo_heldout.json"}}', "has another entry mine"),
+        ('{"mine": {"file_name": "./safety_sft.json"}}', "has another entry mine"),
         ('{"mine": ', "is not JSON"),
         ("[1]", "is not a JSON object"),
     ],

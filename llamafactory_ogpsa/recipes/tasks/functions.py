@@ -11,16 +11,17 @@ XSTEST, STRONGREJECT = "walledai/XSTest", "walledai/StrongREJECT"
 SPLITS = ("test", "train")
 
 
-def _tasks(prompts: list[str], judge: str) -> dict[str, datasets.Dataset]:
+def _tasks(prompts: list[str], source: str, judge: str) -> dict[str, datasets.Dataset]:
     if not prompts:
-        raise RecipeError("the safety data has no prompt of this kind.")
+        raise RecipeError(f"{source} has no prompt for this task.")
     return {"test": datasets.Dataset.from_dict({"prompt": prompts, "judge": [judge] * len(prompts)})}
 
 
 def _xstest(label: str, source: str, judge: str) -> dict[str, datasets.Dataset]:
     rows = load(source, None, SPLITS)
     require_columns(rows, source, ("prompt", "label"))
-    return _tasks([row["prompt"] for row in rows if row["label"] == label], judge)
+    prompts = [row["prompt"] for row in rows if row["label"] == label]
+    return _tasks(prompts, f"{source}, of whose prompts those labelled {label} are asked,", judge)
 
 
 def xstest_safe(xstest: str = XSTEST, judge: str = "", **_) -> dict[str, datasets.Dataset]:
@@ -37,7 +38,7 @@ def strongreject(strongreject: str = STRONGREJECT, judge: str = "", **_) -> dict
     """Load StrongREJECT's prompts, from its authors' file or from the hub."""
     rows = load(strongreject, None, SPLITS)
     column = ("forbidden_prompt", "prompt")[require_columns(rows, strongreject, ("forbidden_prompt",), ("prompt",))]
-    return _tasks(list(rows[column]), judge)
+    return _tasks(list(rows[column]), strongreject, judge)
 
 
 def process_results(doc: dict[str, str], results: list[str]) -> dict[str, float]:
