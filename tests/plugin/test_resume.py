@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -246,9 +247,13 @@ def test_a_run_that_was_killed_goes_on(base_args, tmp_path, saved, name):
     process = subprocess.run(
         [sys.executable, str(KILLED), str(tmp_path / "config.yaml"), kind, target, str(number)], capture_output=True
     )
-    # An uncaught KeyboardInterrupt ends Python by the signal; what else is imported may make an exit status of it.
-    assert process.returncode in {"SIGKILL": [-9], "SIGTERM": [-15], "SIGINT": [-2, 1]}[kind], process.stderr[-2000:]
-    assert (b"KeyboardInterrupt" in process.stderr) == (kind == "SIGINT")
+    if kind == "SIGINT":
+        # How Python ends then depends on its version and on what else is imported: by the signal, with status 1, and
+        # 3.13.0 by a crash of its datetime module, which tqdm's `__del__` calls at exit.
+        assert process.returncode != 0
+        assert process.stderr.rstrip().splitlines().count(b"KeyboardInterrupt") == 1
+    else:
+        assert process.returncode == -getattr(signal, kind), process.stderr[-2000:]
     out = tmp_path / "out"
     assert not (out / "model.safetensors").exists()
     with open(out / "ogpsa_log.jsonl", "a") as f:
