@@ -255,3 +255,23 @@ def load_weights(output_dir):
         weights.update(load_file(file))
     assert weights, f"no weights in {output_dir}"
     return weights
+
+
+def rows_of(output_dir):
+    """Return the rows of the log, but for the time that refreshes took."""
+    steps, refreshes = read_rows(output_dir)
+    assert all(row.pop("seconds") > 0 for row in refreshes)
+    return steps, refreshes
+
+
+def same_weights(one, other):
+    """Compare the final weights of two runs, bit by bit."""
+    one, other = load_weights(one), load_weights(other)
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_same_run(one, other):
+    """Check that two runs ended with the same bits and wrote the same rows."""
+    assert same_weights(one, other)
+    assert rows_of(one) == rows_of(other)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import OGPSA, WORDS, load_weights, make_model_dir, read_rows, run_here
+from conftest import OGPSA, WORDS, load_weights, make_model_dir, read_rows, rows_of, run_here
 from test_resume_processes import take_checkpoint
 
 
@@ -131,8 +131,7 @@ def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
     weights, expected = (load_sharded(run / "checkpoint-6", tmp_path) for run in (out, whole))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    for rows, expected_rows in zip(read_rows(out), read_rows(whole), strict=True):
-        assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected_rows]
+    assert rows_of(out) == rows_of(whole)
 
 
 def test_fsdp1_is_refused_by_name(base_args, tmp_path):

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from conftest import OGPSA, free_port, load_weights, read_rows
+from conftest import OGPSA, assert_same_run, free_port, read_rows
 from test_processes import TWO, on_two
 
 
@@ -47,15 +46,6 @@ def take_checkpoint(out, step, to):
     (out / "ogpsa_log.jsonl").rename(to / "ogpsa_log.jsonl")
     shutil.rmtree(out)
     return checkpoint
-
-
-def assert_same_run(out, expected):
-    """Compare the final weights bit by bit, and the rows of the log but for their times."""
-    weights, expected_weights = load_weights(out), load_weights(expected)
-    assert weights.keys() == expected_weights.keys()
-    assert all(torch.equal(weights[name], expected_weights[name]) for name in expected_weights)
-    for rows, expected_rows in zip(read_rows(out), read_rows(expected), strict=True):
-        assert [{**row, "seconds": 0} for row in rows] == [{**row, "seconds": 0} for row in expected_rows]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from conftest import OGPSA, load_weights, read_rows, run_here
+from conftest import OGPSA, assert_same_run, rows_of, run_here, same_weights
 
 from llamafactory_ogpsa.state import STATE_NAME
 
@@ -34,24 +33,6 @@ RUNS = {
     "fp16 with its scaler": {"fp16": True},
     "dpo": {"stage": "ogpsa_dpo", **PAIRS, **LORA},
 }
-
-
-def rows_of(output_dir):
-    """Return the rows of the log, but for the time that refreshes took."""
-    steps, refreshes = read_rows(output_dir)
-    assert all(row.pop("seconds") > 0 for row in refreshes)
-    return steps, refreshes
-
-
-def same_weights(one, other):
-    one, other = load_weights(one), load_weights(other)
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
-
-
-def assert_same_run(one, other):
-    assert same_weights(one, other)
-    assert rows_of(one) == rows_of(other)
 
 
 def states_in(folder):

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -14,8 +13,6 @@ import pytest
 from raw_records import make_binarized, make_halueval, make_pku, make_ultrafeedback, pku_record, write_lines
 
 from llamafactory_ogpsa.cli import main
-from llamafactory_ogpsa.recipes.errors import RecipeError
-from llamafactory_ogpsa.recipes.output import merge, read_info
 from llamafactory_ogpsa.recipes.samples import prompt_key
 
 
@@ -265,45 +262,6 @@ def test_real_halueval_records(tmp_path, capsys):
         assert record["input"] == original["knowledge"].strip()
 
 
-WRITE = """
-import os, signal, sys
-from pathlib import Path
-from llamafactory_ogpsa.recipes import output
-from llamafactory_ogpsa.recipes.samples import Sample
-
-call, count = sys.argv[2], int(sys.argv[3])
-stock, left = getattr(os, call), [count]
-
-def dying(*args):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return stock(*args)
-
-setattr(os, call, dying)
-samples = [Sample(f"new {i}", "a", "b") for i in range(5)]
-output.write(Path(sys.argv[1]), "safety", samples[:4], samples[4:])
-"""
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
-def test_a_kill_at_any_moment_leaves_whole_files(tmp_path, call, count):
-    before = {"mine": {"file_name": "mine.json"}}
-    (tmp_path / "dataset_info.json").write_text(json.dumps(before))
-    command = [sys.executable, "-c", WRITE, str(tmp_path), call]
-    assert subprocess.run([*command, str(count)]).returncode == -signal.SIGKILL
-    assert json.loads((tmp_path / "dataset_info.json").read_text()) == before
-    written = list(tmp_path.glob("safety_*.json"))
-    assert len(written) == (0 if call == "fsync" else count - 1)
-    for file in written:
-        assert [record["instruction"][:3] for record in json.loads(file.read_text())] in (["new"] * 4, ["new"])
-
-    assert subprocess.run([*command, "99"]).returncode == 0
-    assert list(json.loads((tmp_path / "dataset_info.json").read_text())) == ["mine", *names_of("safety")]
-    assert {file.stem for file in tmp_path.iterdir()} == {"dataset_info", *names_of("safety")}
-
-
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_a_write_that_fails_leaves_the_folder_as_it_was(raw, tmp_path, monkeypatch, capsys, error, count):
@@ -329,29 +287,6 @@ def test_a_write_that_fails_leaves_the_folder_as_it_was(raw, tmp_path, monkeypat
     monkeypatch.undo()
     assert prepare("safety", raw["safety"], tmp_path, "--seed", "2") == 0
     assert (tmp_path / "safety_sft.json").read_bytes() != before["safety_sft.json"]
-
-
-def test_preparations_at_once_lose_no_entry(tmp_path):
-    code = (
-        "import sys, time; from pathlib import Path; from llamafactory_ogpsa.recipes import output\n"
-        "from llamafactory_ogpsa.recipes.samples import Sample\n"
-        "stock = output.read_info\n"
-        "output.read_info = lambda path: (stock(path), time.sleep(0.2))[0]\n"
-        "output.write(Path(sys.argv[1]), sys.argv[2], [Sample('p', 'a', 'b')], [])"
-    )
-    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), f"r{i}"]) for i in range(4)]
-    assert [process.wait(60) for process in processes] == [0] * 4
-    assert len(json.loads((tmp_path / "dataset_info.json").read_text())) == 8
-
-
-def test_merging_replaces_nothing(tmp_path):
-    ours, other = {"file_name": "x.json"}, {"file_name": "y.json"}
-    assert merge({"a": other, "b": [1]}, {"c": ours}) == {"a": other, "b": [1], "c": ours}
-    assert merge({"a": ours}, {"a": ours}) == {"a": ours}
-    for info in ({"a": other}, {"a": {**ours, "ranking": True}}, {"b": ours}):
-        with pytest.raises(RecipeError, match="has another entry"):
-            merge(info, {"a": ours})
-    assert read_info(tmp_path / "nowhere.json") == {}
 
 
 MEASURE = """
