@@ -1,6 +1,6 @@
 """Show the alignment tax and OGPSA's answer to it, on a laptop, by stock `llamafactory-cli train` alone.
 
-Trains a tiny base model (kept for the next time), tunes it for safety naively and with OGPSA, goes on with OGPSA DPO,
+Trains a tiny base model (kept for the next time), tunes it for safety by SFT and then DPO, naively and with OGPSA,
 scores what the saved checkpoints generate on held-out prompts, prints the table, and leaves in `outputs/demo/` the
 picture `demo.png`, the figures `results.json` and the log of every run.
 
@@ -33,7 +33,12 @@ YAML_DIR = ROOT / "examples" / "yaml"
 TINY_DIR = ROOT / "outputs" / "tiny"
 DEMO_DIR = ROOT / "outputs" / "demo"
 KEY_FILE = TINY_DIR / "base" / "demo_key.txt"
-RUNS = {"naive SFT": "naive_sft", "OGPSA SFT": "ogpsa_sft", "OGPSA SFT → DPO": "ogpsa_dpo"}
+RUNS = {
+    "naive SFT": "naive_sft",
+    "naive SFT → DPO": "naive_dpo",
+    "OGPSA SFT": "ogpsa_sft",
+    "OGPSA SFT → DPO": "ogpsa_dpo",
+}
 REFERENCE_SETS = ("general_helpful", "general_truthful")
 
 # The training bar; bars that count something else begin with what they count.
@@ -180,8 +185,8 @@ def draw(results, path):
 
     blue, green, orange, grey = "#2b6cb0", "#2f855a", "#dd6b20", "#4a5568"
     plt.rcParams.update({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False})
-    figure = plt.figure(figsize=(14, 4.4), layout="constrained")
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1.75, 1, 1])
+    figure = plt.figure(figsize=(15.5, 4.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[2.2, 1, 1])
 
     bars = (("general", "general ability ↑", blue), ("refusal", "refuses harmful ↑", green))
     bars = (*bars, ("over_refusal", "refuses benign ↓", orange))
@@ -217,7 +222,7 @@ def draw(results, path):
     right.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     right.yaxis.set_major_formatter("{x:g}")
     right.yaxis.set_minor_formatter(NullFormatter())
-    right.set_title("Reference losses during OGPSA SFT", loc="left", size=11, weight="bold", pad=28)
+    right.set_title("Reference losses, OGPSA SFT", loc="left", size=11, weight="bold", pad=28)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.62))
     partial = path.with_name("partial-" + path.name)
     figure.savefig(partial, dpi=150)
