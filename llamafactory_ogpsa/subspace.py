@@ -48,9 +48,15 @@ def gram_matrices(
     gram = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // n), dim=1):
-            chunk = chunk.to(device=device, dtype=torch.float64)
+            chunk = _to_float64(chunk, device)
             gram[group].addmm_(chunk, chunk.T)
     return (gram if shards is None else shards.sum(gram)).cpu()
+
+
+def _to_float64(chunk: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a chunk to `device` as float64."""
+    # In two steps: a copy between host and accelerator that converts does so on the host, and moves the larger type.
+    return chunk.to(device).to(torch.float64)
 
 
 def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weights: torch.Tensor, device) -> None:
@@ -59,7 +65,7 @@ def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weight
     weights = weights.to(device)
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // row.shape[0]), dim=1):
-            chunk[:rank].copy_(weights[group] @ chunk.to(device=device, dtype=torch.float64))
+            chunk[:rank].copy_((weights[group] @ _to_float64(chunk, device)).to(row.dtype))
 
 
 @dataclass(frozen=True)
