@@ -183,7 +183,7 @@ def measure(steps, device, repeats):
     Args:
         steps: functions by name.
         device: where they run.
-        repeats: how often each is timed, after two calls that are not.
+        repeats: how often each is timed, after two calls that are not; the published rule three times at most.
 
     Returns:
         Seconds of a step and of its launching, by name: the median on a GPU; on a CPU, which is rarely alone with the
@@ -192,15 +192,18 @@ def measure(steps, device, repeats):
     # Larger than any cache, so that a step starts with none of its data there.
     flush = torch.empty((256 << 20) if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     times = {name: [] for name in steps}
-    for i in range(repeats + 2):
+    for i in range(-2, repeats):
         for name, step in steps.items():
-            # The published rule takes so long that a few times tell enough.
-            if i < 5 or name != "published rule":
-                times[name].append(once(step, device, flush))
+            # The published rule takes so long that a few times tell enough, with no calls ahead of them.
+            if name == "published rule" and not 0 <= i < 3:
+                continue
+            pair = once(step, device, flush)
+            if i >= 0:
+                times[name].append(pair)
     typical = statistics.median if device.type == "cuda" else min
     result = {}
     for name, pairs in times.items():
-        seconds, launching = zip(*pairs[2:])
+        seconds, launching = zip(*pairs)
         result[name] = typical(seconds), None if launching[0] is None else typical(launching)
     return result
 

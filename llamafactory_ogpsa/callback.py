@@ -178,10 +178,11 @@ class OgpsaCallback(TrainerCallback):
             for part in split_parts(chosen, self.parts)
         )
 
-        if self._pinned and self.engine.device.type == "cuda":
-            # PyTorch withholds pinned memory that a copy may still read; the rows would be pinned a second time.
-            torch.cuda.synchronize(self.engine.device)
         self.subspace = None  # its memory is what the new rows take
+        if self._pinned and self.engine.device.type == "cuda":
+            # PyTorch withholds pinned memory until an event that it queues as the memory is dropped; without waiting
+            # for that one the rows would be pinned a second time.
+            torch.cuda.synchronize(self.engine.device)
         rows = self._allocate(num_rows)
         quiet = self.trainer.args.disable_tqdm or not state.is_local_process_zero
         with (

@@ -18,6 +18,8 @@ SCOPES = ("parameter", "global")
 
 # Elements that are converted to float64 at a time: the only temporary of a refresh.
 _CHUNK = 1 << 22
+# Columns of a chunk whose products one matrix multiplication adds up.
+_SLICE = 1 << 13
 
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
@@ -48,9 +50,24 @@ def gram_matrices(
     gram = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // n), dim=1):
-            chunk = chunk.to(device=device, dtype=torch.float64)
-            gram[group].addmm_(chunk, chunk.T)
+            gram[group] += _product(_to_float64(chunk, device))
     return (gram if shards is None else shards.sum(gram)).cpu()
+
+
+def _product(chunk: torch.Tensor) -> torch.Tensor:
+    """Return `chunk @ chunk.T` for a chunk that is much wider than high, `[n, width]`."""
+    # Many products at once: a GPU's matrix multiplication is parallel over the rows and columns of the result, of which
+    # there are few, and need not be over the long sum (rocBLAS issue 1195: below 5 GB/s).
+    whole = chunk.shape[1] // _SLICE * _SLICE
+    slices = chunk[:, :whole].unflatten(1, (-1, _SLICE)).transpose(0, 1) if whole else chunk[None, :, :0]
+    rest = chunk[:, whole:]
+    return (slices @ slices.mT).sum(0) + rest @ rest.T
+
+
+def _to_float64(chunk: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a chunk to `device` as float64."""
+    # In two steps: a copy between host and accelerator that converts does so on the host, and moves the larger type.
+    return chunk.to(device).to(torch.float64)
 
 
 def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weights: torch.Tensor, device) -> None:
@@ -59,7 +76,7 @@ def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weight
     weights = weights.to(device)
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // row.shape[0]), dim=1):
-            chunk[:rank].copy_(weights[group] @ chunk.to(device=device, dtype=torch.float64))
+            chunk[:rank].copy_((weights[group] @ _to_float64(chunk, device)).to(row.dtype))
 
 
 @dataclass(frozen=True)

@@ -190,6 +190,13 @@ def test_a_loss_that_reaches_no_parameter_is_an_error(model):
         run(model, [make_set("a", 3, 1)], loss=Detached(model))
 
 
+def test_a_model_that_is_split_over_devices_is_refused():
+    split = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1, bias=False, device="meta"))
+    with pytest.raises(ValueError, match="0.weight is on cpu, 1.weight on meta"):
+        ReplicatedEngine(split)
+    ReplicatedEngine(split.requires_grad_(False).append(torch.nn.Linear(1, 1)))
+
+
 def test_a_gradient_that_is_not_finite_is_not_tried_again_without_a_loss_scale(model):
     class Broken(Loss):
         calls = 0

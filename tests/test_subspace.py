@@ -11,6 +11,7 @@ from scipy.optimize import nnls
 
 from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.projection import conflict_policy
+from llamafactory_ogpsa.subspace import gram_matrices
 
 
 SHAPES = {"a": (5, 7), "b": (11,), "c": (3, 4, 2), "d": (1,)}
@@ -169,6 +170,16 @@ def test_a_gradient_that_is_not_finite_is_left_as_it_is(bad, method):
     assert not stats.finite
     for name, value in before.items():
         torch.testing.assert_close(gradients[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("widths", [(1,), (15, 16), (17, 0, 100)])
+def test_gram_matrices_of_rows_in_several_chunks_and_slices(monkeypatch, widths):
+    monkeypatch.setattr("llamafactory_ogpsa.subspace._CHUNK", 3 * 40)
+    monkeypatch.setattr("llamafactory_ogpsa.subspace._SLICE", 16)
+    rows = [torch.randn(3, width, generator=torch.Generator().manual_seed(width)) for width in widths]
+    whole = torch.cat(rows, dim=1).double()
+    gram = gram_matrices(rows, [0] * len(rows), 1, torch.device("cpu"))
+    torch.testing.assert_close(gram[0], whole @ whole.T, rtol=1e-13, atol=1e-13)
 
 
 def test_reference_gradients_that_are_not_finite_are_refused():

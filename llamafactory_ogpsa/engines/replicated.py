@@ -31,9 +31,16 @@ class ReplicatedEngine:
             scaler: the run's gradient scaler.
 
         Raises:
-            ValueError: the model has no trainable parameter.
+            ValueError: the model has no trainable parameter, or has them on several devices.
         """
         trainable = trainable_parameters(model)
+        device = trainable[0][1].device
+        for name, param in trainable:
+            if param.device != device:
+                raise ValueError(
+                    f"OGPSA cannot train a model that is split over devices: {trainable[0][0]} is on {device}, "
+                    f"{name} on {param.device}; allowed: all trainable parameters on one device in each process."
+                )
         self.names = [name for name, _ in trainable]
         self._parameters = [param for _, param in trainable]
         self.sizes = [param.numel() for param in self._parameters]

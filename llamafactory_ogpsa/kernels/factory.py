@@ -113,7 +113,7 @@ def triton_obstacle(device_type: str, interpret: bool) -> str | None:
         return "Triton is not installed"
 
     if device_type == "cuda":
-        return None
+        return _driver_obstacle()
 
     if device_type == "cpu" and interpret:
         from .triton_kernels import INTERPRETED
@@ -122,6 +122,25 @@ def triton_obstacle(device_type: str, interpret: bool) -> str | None:
             return None
 
     return f"Triton needs a CUDA or ROCm device, and the gradients are on {device_type}"
+
+
+def _driver_obstacle() -> str | None:
+    """Return why Triton cannot launch kernels on this machine's accelerator, None where it can."""
+    from triton.runtime import driver
+
+    from .triton_kernels import INTERPRETED
+
+    if INTERPRETED:
+        # It would follow addresses of the accelerator's memory on the host.
+        return "TRITON_INTERPRET is set, and interpreted kernels cannot read an accelerator's memory"
+
+    try:
+        # Builds the driver's part, for which Triton needs a C compiler and Python's headers.
+        driver.active.get_current_device()
+    except Exception as err:
+        return f"Triton does not work here ({type(err).__name__}: {err})"
+
+    return None
 
 
 @functools.cache

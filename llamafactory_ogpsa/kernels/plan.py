@@ -81,7 +81,7 @@ class Plan(ABC):
 
         When the sum of ``sq``, in float32, is not finite, nothing is removed and ``s`` follows from that sum's root,
         as without projection; without max_norm the gradients are then left as they are (torch on an accelerator adds
-        zeros to them, which turns -0 into 0).
+        zeros to them, which turns -0 into 0 and may give a NaN other bits).
 
         Args:
             gradients: the gradients to change.

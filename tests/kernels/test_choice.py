@@ -64,6 +64,26 @@ except ValueError as error:
 
 
 @interpreted
+def test_interpreted_kernels_do_not_get_addresses_on_a_gpu():
+    assert "TRITON_INTERPRET is set" in factory.triton_obstacle("cuda", interpret=True)
+
+
+def test_a_triton_that_cannot_launch_is_an_obstacle():
+    script = """
+from types import SimpleNamespace
+from triton.runtime import driver
+from llamafactory_ogpsa.kernels import triton_obstacle
+
+def build():
+    raise RuntimeError("Failed to find C compiler.")
+
+driver.set_active(SimpleNamespace(get_current_device=build))
+print(triton_obstacle("cuda", interpret=False))
+"""
+    assert _run(script) == "Triton does not work here (RuntimeError: Failed to find C compiler.)\n"
+
+
+@interpreted
 def test_triton_does_not_run_on_other_devices():
     with pytest.raises(ValueError, match="meta"):
         make_plan([torch.ones(1, 4, device="meta")], [0], 1, kernel="triton")

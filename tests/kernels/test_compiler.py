@@ -46,6 +46,62 @@ for name, constants in cases:
     print(json.dumps({"kernel": name, "binary": len(compiled.kernel), "accesses": loads}))
 """
 
+# A driver that only pretends to launch, on tensors of the CPU, which the compiler takes for a GPU's.
+FIRST_STEP = r"""
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+from llamafactory_ogpsa.kernels.basis import ResidentBasis
+from llamafactory_ogpsa.kernels.triton_plan import TritonPlan
+
+
+class Driver:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compiled(self, *args):
+    counts["compiled"] += 1
+    make(self, *args)
+
+
+def load(self):
+    if self.module is None:
+        self.module = "loaded"
+        counts["loaded"] += 1
+        entry = "_run" if hasattr(type(self), "run") else "run"  # Triton 3.2 has the latter
+        setattr(self, entry, lambda *args: counts.update(launched=counts["launched"] + 1))
+
+
+driver.set_active(Driver())
+make, CompiledKernel.__init__, CompiledKernel._init_handles = CompiledKernel.__init__, compiled, load
+counts = dict(compiled=0, loaded=0, launched=0)
+for numels, groups, dtypes in [
+    ([4096] * 5 + [512], range(6), [torch.bfloat16] * 6),
+    ([4097, 512, 1], [0, 0, 0], [torch.float32, torch.bfloat16, torch.bfloat16]),
+]:
+    source = ResidentBasis([torch.zeros(2, numel) for numel in numels], groups)
+    plan = TritonPlan(source, numels, max(groups) + 1, 2)
+    plan.warmup(dtypes)
+    print(counts["compiled"], counts["loaded"], counts["launched"])
+    gradients = [torch.zeros(numel, dtype=dtype) for numel, dtype in zip(numels, dtypes)]
+    inverse_gram = torch.eye(2).repeat(plan.num_groups, 1, 1)
+    c, sq = plan.coefficients(gradients)
+    plan.apply_(gradients, torch.zeros_like(c))
+    plan.apply_(gradients, torch.zeros_like(c), torch.tensor(0.5))
+    for max_norm in (None, 1, 1.0, 0.3):
+        plan.orthogonal_(gradients, inverse_gram, max_norm)
+    print(counts["compiled"], counts["loaded"], counts["launched"])
+"""
+
 ALIGNED_BFLOAT16, ALIGNED_FLOAT32, UNALIGNED_BFLOAT16, ALL_GRADIENTS, ALL_BASES = 0b100, 0b1, 0b1000, 0b111111, 0b1111
 
 
@@ -57,11 +113,15 @@ def _constants(rank, gradient_kinds, basis_kinds, flag):
     )  # fmt: skip
 
 
-def _compile(target, cases):
+def _run(script, *arguments):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(target), json.dumps(cases)]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def _compile(target, cases):
+    run = _run(SCRIPT, json.dumps(target), json.dumps(cases))
     if run.returncode != 0 and target[0] == "hip" and "ROCm linker" in run.stderr:
         pytest.skip("this Triton takes the linker of a ROCm that is not installed")
     assert run.returncode == 0, run.stderr
@@ -103,3 +163,11 @@ def test_aligned_tensors_are_read_and_written_16_bytes_at_a_time():
     assert mixed.count("ld.global.v4.b32") == 2
     assert not any(access.startswith("st.global.v") for access in mixed)
     assert mixed.count("ld.global.b16") == mixed.count("st.global.b16") == 8
+
+
+def test_the_first_step_finds_everything_compiled_and_loaded():
+    run = _run(FIRST_STEP)
+    assert run.returncode == 0, run.stderr
+    counts = [[int(number) for number in line.split()] for line in run.stdout.splitlines()]
+    # Five kernels, of which the second model can use two; two launches, two writes, and three for each projection.
+    assert counts == [[5, 5, 0], [5, 5, 16], [8, 8, 16], [8, 8, 32]]
