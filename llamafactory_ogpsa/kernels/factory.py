@@ -15,6 +15,7 @@ from .torch_plan import TorchPlan
 
 logger = logging.getLogger(__name__)
 
+# The kernels are made for up to this many directions.
 MAX_RANK = 32
 BASIS_DTYPES = (torch.float32, torch.bfloat16)
 
