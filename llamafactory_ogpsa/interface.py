@@ -151,8 +151,8 @@ class Subspace:
         """Project gradients in place and measure what was removed and what is left.
 
         Args:
-            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; a missing name or None counts as
-                zero, a name that no reference gradient touched is left alone.
+            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; a missing name or
+                None counts as zero, a name that no reference gradient touched is left alone.
             method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
                 change after which no reference loss rises to first order; `monitor` changes nothing.
             kernel: `triton`, `torch`, or `auto` for triton where it runs.
