@@ -14,7 +14,7 @@ demo: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/python -m benchmarks.alignment_tax $(if $(filter-out 0,$(QUICK)),--quick)
 
-# All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores to themselves.
+# All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores alone.
 ALONE := tests/distributed tests/webui
 test: $(STAMP)
 	@status=0; set -x; \

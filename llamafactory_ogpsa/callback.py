@@ -144,7 +144,7 @@ class OgpsaCallback(TrainerCallback):
         zero, and with it the gradient of every `A`.
         """
         step = state.global_step
-        # With an epoch's remainder carried over, the Trainer begins the same step twice, the second time with gradients.
+        # With an epoch's remainder carried over, the Trainer begins a step twice, the second time with gradients.
         if self.subspace is not None and step == self.refreshed_at:
             return
 
@@ -372,9 +372,9 @@ class OgpsaCallback(TrainerCallback):
         self.idle_steps = self.idle_steps + 1 if removed > _MOST_REMOVED else 0
         if self.idle_steps == _MOST_REMOVED_STEPS:
             self._warn(
-                f"OGPSA has removed more than {_MOST_REMOVED:.0%} of the gradient at {_MOST_REMOVED_STEPS} logged steps "
-                "in a row: the run hardly learns. Are the `ogpsa_dataset` sets the training data? A lower `ogpsa_rank` "
-                "or `ogpsa_method: conflict` leaves more."
+                f"OGPSA has removed more than {_MOST_REMOVED:.0%} of the gradient at {_MOST_REMOVED_STEPS} logged "
+                "steps in a row: the run hardly learns. Are the `ogpsa_dataset` sets the training data? A lower "
+                "`ogpsa_rank` or `ogpsa_method: conflict` leaves more."
             )
 
     def on_train_end(self, args: "TrainingArguments", state: "TrainerState", control: "TrainerControl", **kwargs):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from .engines.shards import Shards
-from .kernels import Plan, make_plan
+from .kernels import MAX_RANK, Plan, make_plan
 from .projection import METHODS, Projection, ProjectionStats, make_projection
 from .subspace import SCOPES, Geometry, assign_groups, orthonormalise_
 
@@ -67,13 +67,15 @@ class Subspace:
             gradients: one dict a reference gradient, tensors by parameter name, all with the same names and shapes.
                 A tensor may be None where the reference loss does not touch the parameter.
             scope: `parameter`: one basis a tensor (the paper's experiments); `global`: one for all (its theorem).
-            rank: most directions kept, at least 1; None keeps one for each reference gradient.
+            rank: most directions kept, at least 1; None keeps one for each reference gradient, of which 32 at most may
+                be independent.
 
         Returns:
             the subspace, on the gradients' device and in their dtype (float16 becomes float32).
 
         Raises:
-            ValueError: no gradient, different names or shapes, an unknown scope, a rank below 1.
+            ValueError: no gradient, different names or shapes, an unknown scope, a rank below 1, or more than 32
+                directions.
             FloatingPointError: a reference gradient is not finite.
         """
         if not gradients or not gradients[0]:
@@ -107,6 +109,10 @@ class Subspace:
 
         groups, num_groups = assign_groups(len(rows), scope)
         basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
+        if max(geometry.ranks) > MAX_RANK:
+            raise ValueError(
+                f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
+            )
         return cls(kept_names, basis, geometry, groups)
 
     def plan(self, kernel: str = "auto") -> Plan:
@@ -145,8 +151,8 @@ class Subspace:
         """Project gradients in place and measure what was removed and what is left.
 
         Args:
-            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; a missing name or None counts as
-                zero, a name that no reference gradient touched is left alone.
+            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; a missing name or
+                None counts as zero, a name that no reference gradient touched is left alone.
             method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
                 change after which no reference loss rises to first order; `monitor` changes nothing.
             kernel: `triton`, `torch`, or `auto` for triton where it runs.

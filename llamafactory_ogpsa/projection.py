@@ -180,7 +180,8 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, shards: Shards 
         `project(gradients, max_norm=None, measure=False) -> ProjectionStats`. `gradients`: one tensor (or None) for
         each tensor of the basis, changed in place. `max_norm`: clip the projected gradient to this norm, by the rule
         of `torch.nn.utils.clip_grad_norm_`, in the same write. `measure`: also measure the residual, at the price of
-        one more read (and one more sum over the processes). A gradient that is not finite anywhere is not projected at all.
+        one more read (and one more sum over the processes). A gradient that is not finite anywhere is not projected
+        at all.
     """
     whitening = geometry.whitening
     inverse_gram = (whitening.mT @ whitening).float()

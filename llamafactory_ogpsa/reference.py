@@ -123,7 +123,7 @@ def accumulate_reference_gradient(
     engine: Engine,
     on_batch: Callable[[], None],
 ) -> tuple[float, float, float]:
-    """Leave the gradient of the mean loss over all processes' batches, times the loss scale, in the engine's gradients.
+    """Leave the gradient of the mean loss over all processes' batches, times the loss scale, in the engine.
 
     Every batch weighs what it has in tokens or samples, so that neither the batch size nor the number of processes
     matters. A batch whose loss is not finite is left out, and with it those that the other processes have at the same

@@ -221,6 +221,10 @@ def test_conflict_is_the_least_change_that_meets_the_constraints(seed, count, ra
         ({"gradients": [{"a": torch.ones(2)}, {"b": torch.ones(2)}]}, "same names"),
         ({"gradients": [{"a": torch.ones(2)}, {"a": torch.ones(3)}]}, "different shapes for a"),
         ({"gradients": [{"a": None}]}, "no tensor"),
+        (
+            {"gradients": [random_gradients(i) for i in range(33)]},
+            "`gradients` span 33 directions; allowed: at most 32",
+        ),
     ],
 )
 def test_bad_reference_gradients_are_refused(arguments, message):

@@ -350,8 +350,8 @@ def make_zero_engine(model: torch.nn.Module, engine: Any) -> ZeroEngine:
     kind = type(engine.optimizer).__name__
     if kind not in _ENGINES:
         raise ValueError(
-            f"`deepspeed` leads to the optimizer {kind}, which OGPSA does not support; allowed: ZeRO stages 1, 2 and 3 "
-            "(stage 1 in bf16 without `data_types.grad_accum_dtype: fp32`)."
+            f"`deepspeed` leads to the optimizer {kind}, which OGPSA does not support; allowed: ZeRO stages 1, 2 and "
+            "3 (stage 1 in bf16 without `data_types.grad_accum_dtype: fp32`)."
         )
     return _ENGINES[kind](model, engine)
 

@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Make the gradients complete after the last `backward`."""
 
     def fill(self) -> None:
-        """Give the parameters that the loss did not reach a gradient of zeros, to which a projection can be written."""
+        """Give parameters that the loss did not reach a gradient of zeros, to which a projection can be written."""
 
     def projected(self) -> None:
         """Take note that the gradients were changed in place."""

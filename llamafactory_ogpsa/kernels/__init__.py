@@ -14,8 +14,8 @@ first write. Such a launch would have to be followed by another read and write o
 6 units of bytes (a unit being the gradient's size) against the two passes' 7, and a second set of kernels.
 """
 
-from .factory import make_plan, triton_obstacle
+from .factory import MAX_RANK, make_plan, triton_obstacle
 from .plan import Plan
 
 
-__all__ = ["Plan", "make_plan", "triton_obstacle"]
+__all__ = ["MAX_RANK", "Plan", "make_plan", "triton_obstacle"]

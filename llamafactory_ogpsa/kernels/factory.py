@@ -15,6 +15,7 @@ from .torch_plan import TorchPlan
 
 logger = logging.getLogger(__name__)
 
+# The kernels are made for up to this many directions.
 MAX_RANK = 32
 BASIS_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -108,7 +109,7 @@ def _use_triton(kernel: str, device: torch.device) -> bool:
 
 
 def triton_obstacle(device_type: str, interpret: bool) -> str | None:
-    """Return why Triton kernels cannot run on this type of device, None where they can; `interpret` counts tests in."""
+    """Return why Triton cannot run on this type of device, None where it can; `interpret` counts its interpreter."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
 

@@ -4,13 +4,12 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..kernels import MAX_RANK
+
 
 PREFIX = "ogpsa_"
 STAGES = ("pt", "sft", "rm", "dpo", "kto")
 FINETUNING_TYPES = ("full", "lora", "freeze", "oft")
-
-# The kernels are made for up to this many directions.
-MAX_RANK = 32
 
 
 def _option(text: str) -> Any:

@@ -1,4 +1,4 @@
-"""What LlamaBoard shows of a run that goes on or has ended: the plot beside the log, and whether a refresh is running."""
+"""What LlamaBoard shows of a run that goes on or has ended: the plot beside the log, and that a refresh is running."""
 
 import os
 import re

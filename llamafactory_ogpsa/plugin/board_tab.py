@@ -1,4 +1,4 @@
-"""The accordion "OGPSA configurations" of LlamaBoard: its elements, what they react to, and what is wrong with them."""
+"""The accordion "OGPSA configurations" of LlamaBoard: its elements, what they react to, what is wrong with them."""
 
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any

@@ -101,8 +101,8 @@ def load_reference_sets(
                 if found_no_record(err):
                     raise no_sample from err
                 raise ValueError(
-                    f"`ogpsa_dataset` has {name!r}, which cannot be read ({type(err).__name__}: {err}); allowed: a set "
-                    "that LLaMA-Factory can load as dataset_info.json describes it."
+                    f"`ogpsa_dataset` has {name!r}, which cannot be read ({type(err).__name__}: {err}); allowed: a "
+                    "set that LLaMA-Factory can load as dataset_info.json describes it."
                 ) from err
 
         samples = module.get("train_dataset")

@@ -56,8 +56,8 @@ def check_deepspeed(config: dict[str, Any]) -> None:
     optimizer = str((config.get("optimizer") or {}).get("type", "")).lower()
     if optimizer in ("muon", "onebitadam", "onebitlamb", "zerooneadam"):
         raise ValueError(
-            f"`optimizer.type` of `deepspeed` is {optimizer!r}, whose update is not made of one reduced gradient, which "
-            "OGPSA projects; allowed: any other optimizer."
+            f"`optimizer.type` of `deepspeed` is {optimizer!r}, whose update is not made of one reduced gradient, "
+            "which OGPSA projects; allowed: any other optimizer."
         )
     if stage == 1 and (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32":
         raise ValueError(

@@ -131,6 +131,6 @@ def check_datasets(finetuning_args: Any, dataset_dir: Any) -> None:
             )
         if kind == "kto" and not tagged:
             raise ValueError(
-                f"`ogpsa_dataset` has {name!r}, which has no kto_tag column, but the reference loss of stage kto needs "
-                "one; allowed: a set with a kto_tag, or `ogpsa_loss: sft`."
+                f"`ogpsa_dataset` has {name!r}, which has no kto_tag column, but the reference loss of stage kto "
+                "needs one; allowed: a set with a kto_tag, or `ogpsa_loss: sft`."
             )

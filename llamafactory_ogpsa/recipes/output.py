@@ -109,7 +109,7 @@ def replace_all(folder: Path, contents: dict[str, Iterable[str]]) -> None:
     """Write files under temporary names; once all are written, give them their own, in the order of `contents`.
 
     Args:
-        folder: locked by the caller, so that what has a temporary name can only be left from a process that was killed.
+        folder: locked by the caller, so that only a process that was killed can have left a temporary name.
         contents: the parts of each file's text by its name.
     """
     temporary = {name: folder / f".{name}.tmp" for name in contents}

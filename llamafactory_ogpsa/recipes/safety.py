@@ -27,10 +27,8 @@ class Prompt:
     """What all records of one prompt say about it."""
 
     text: str
-    rank: tuple[float, bool] = (
-        -math.inf,
-        False,
-    )  # of the most unsafe answer: its severity, then whether it was the less safe
+    # Of the most unsafe answer: its severity, then whether it was the less safe.
+    rank: tuple[float, bool] = (-math.inf, False)
     unsafe: str | None = None
     topic: str | None = None
     safe: str | None = None
