@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -299,7 +300,9 @@ def plot(rows, bandwidth, title, path):
     ranks = sorted({row["rank"] for row in rows})
     columns = min(2, len(models))
     lines = -(-len(models) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.0 * lines + 0.9), squeeze=False)
+    # One panel alone is wider, or title and legend would not fit.
+    across = 11 if columns > 1 else 10
+    figure, axes = plt.subplots(lines, columns, figsize=(across, 3.0 * lines + 0.9), squeeze=False)
     width = 0.85 / max(len(names), 1)
     for axis, model in zip(axes.flat, models):
         for i, name in enumerate(names):
@@ -313,7 +316,7 @@ def plot(rows, bandwidth, title, path):
         for k, rank in enumerate(ranks):
             elements = next(r["elements"] for r in rows if r["model"] == model and r["rank"] == rank)
             least = (2 * (1 + rank) + 1) * elements * 2 / bandwidth * 1e3
-            label = "least bytes at the copy's bandwidth" if k == 0 else None
+            label = "least of a projection, by bytes and bandwidth" if k == 0 else None
             axis.hlines(least, k - 0.45, k + 0.45, colors="black", linestyles="dashed", label=label)
         axis.set(title=model, yscale="log", ylabel="ms per step", xticks=range(len(ranks)))
         axis.set_xticklabels([f"rank {rank}" for rank in ranks])
@@ -344,7 +347,7 @@ def main():
     torch.manual_seed(0)
     on_gpu = options.device.type == "cuda"
     environment = dict(
-        command=" ".join(["python", *sys.argv]),
+        command=shlex.join(["python", *sys.argv]),
         device=torch.cuda.get_device_name(options.device) if on_gpu else platform.processor() or platform.machine(),
         threads=None if on_gpu else torch.get_num_threads(),
         python=platform.python_version(),
@@ -371,6 +374,7 @@ def main():
         f"Projection and clipping of one step's bfloat16 gradient, {environment['device']}, scale {options.scale:g}"
     )
     plot(rows, bandwidth, title, options.output.with_suffix(".png"))
+    print(f"written: {options.output.with_suffix('.json')} and {options.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """The Python interface: a subspace that is projected out of gradients, without LLaMA-Factory."""
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
 from .engines.shards import Shards
 from .kernels import MAX_RANK, Plan, make_plan
+from .kernels.plan import GRADIENT_DTYPES
 from .projection import METHODS, Projection, ProjectionStats, make_projection
 from .subspace import SCOPES, Geometry, assign_groups, orthonormalise_
 
@@ -45,8 +46,13 @@ class Subspace:
         self.device = device or self.basis[0].device
         self.shards = shards
         self.geometry = geometry.to(self.device)
+        self._most_directions: int | None = None
         self._plans: dict[str, Plan] = {}
         self._projections: dict[tuple[str, str], Projection] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made at the first use and made again where it is missing: it cannot be pickled."""
+        return {**self.__dict__, "_plans": {}, "_projections": {}}
 
     @property
     def rank(self) -> int:
@@ -63,31 +69,49 @@ class Subspace:
     ) -> "Subspace":
         """Build the subspace spanned by reference gradients. The gradients are copied, not kept.
 
+        Each reference gradient needs tensors of its own: after `zero_grad(set_to_none=False)` the next backward pass
+        writes into those of the one before.
+
         Args:
             gradients: one dict a reference gradient, tensors by parameter name, all with the same names and shapes.
-                A tensor may be None where the reference loss does not touch the parameter.
+                A tensor may be None where the reference loss does not touch the parameter. Any real floating dtype.
             scope: `parameter`: one basis a tensor (the paper's experiments); `global`: one for all (its theorem).
-            rank: most directions kept, at least 1; None keeps one for each reference gradient, of which 32 at most may
-                be independent.
+            rank: most directions kept, 1 to 32; None keeps one for each reference gradient.
 
         Returns:
             the subspace, on the gradients' device and in their dtype (float16 becomes float32).
 
         Raises:
-            ValueError: no gradient, different names or shapes, an unknown scope, a rank below 1, or more than 32
-                directions.
-            FloatingPointError: a reference gradient is not finite.
+            ValueError: no gradient, different names or shapes, an unknown scope, a rank or a number of independent
+                reference gradients that is not 1 to 32.
+            TypeError: something else than a sequence of dicts of dense tensors of a real floating dtype, a rank that
+                is no integer.
+            FloatingPointError: a reference gradient is not finite; names it.
         """
+        if isinstance(gradients, Mapping) or not isinstance(gradients, Sequence):
+            raise TypeError(
+                "`gradients` must be a list of dicts of tensors, one dict a reference gradient, "
+                f"not {type(gradients).__name__}"
+            )
+        for index, gradient in enumerate(gradients):
+            _check_tensors(f"`gradients[{index}]`", gradient)
         if not gradients or not gradients[0]:
             raise ValueError("`gradients` must hold at least one dict of tensors")
         if scope not in SCOPES:
             raise ValueError(f"`scope` is {scope!r}; allowed: {', '.join(SCOPES)}")
-        if rank is not None and rank < 1:
-            raise ValueError(f"`rank` is {rank}; allowed: a positive integer or None")
+        if rank is not None and not isinstance(rank, int):
+            raise TypeError(f"`rank` is {rank!r}; allowed: an integer from 1 to {MAX_RANK}, or None")
+        if rank is not None and not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"`rank` is {rank}; allowed: an integer from 1 to {MAX_RANK}, or None")
 
         names = list(gradients[0])
-        if any(list(other) != names for other in gradients):
-            raise ValueError("`gradients` must all have the same names in the same order")
+        for index, other in enumerate(gradients):
+            if list(other) != names:
+                differing = [name for name in [*names, *other] if (name in names) != (name in other)]
+                raise ValueError(
+                    "`gradients` must all have the same names in the same order; those of `gradients[0]` and "
+                    f"`gradients[{index}]` differ in {_some(differing) if differing else 'their order'}"
+                )
 
         rows, kept_names = [], []
         for name in names:
@@ -96,7 +120,8 @@ class Subspace:
             if not present:
                 continue
             if any(tensor.shape != present[0].shape for tensor in present):
-                raise ValueError(f"`gradients` have different shapes for {name}")
+                shapes = ", ".join(sorted({str(list(tensor.shape)) for tensor in present}))
+                raise ValueError(f"`gradients` have different shapes for {name}: {shapes}")
             dtype = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in present) else torch.float32
             row = torch.zeros(len(tensors), present[0].numel(), dtype=dtype, device=present[0].device)
             for index, tensor in enumerate(tensors):
@@ -108,12 +133,24 @@ class Subspace:
             raise ValueError("`gradients` hold no tensor at all")
 
         groups, num_groups = assign_groups(len(rows), scope)
-        basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
+        try:
+            basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
+        except FloatingPointError as err:
+            index, name = next(
+                (index, name)
+                for name, row in zip(kept_names, rows, strict=True)
+                for index in range(len(row))
+                if not row[index].isfinite().all()
+            )
+            raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}") from err
         if max(geometry.ranks) > MAX_RANK:
             raise ValueError(
-                f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
+                f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, which `rank` can limit"
             )
-        return cls(kept_names, basis, geometry, groups)
+
+        subspace = cls(kept_names, basis, geometry, groups)
+        subspace._most_directions = rank
+        return subspace
 
     def plan(self, kernel: str = "auto") -> Plan:
         """Return the kernels over this basis, made ready at their first use; see `kernels.make_plan`."""
@@ -133,10 +170,18 @@ class Subspace:
             the function that `projection.make_projection` describes.
 
         Raises:
-            ValueError: an unknown method or kernel, or a kernel that cannot run here.
+            ValueError: an unknown method or kernel, a kernel that cannot run here, or `conflict` where `rank` was
+                below the number of reference gradients.
         """
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}")
+        num_references, most = self.geometry.references.shape[1], self._most_directions
+        if method == "conflict" and most is not None and most < num_references:
+            # What the lost directions held of a reference gradient could not be kept from rising.
+            raise ValueError(
+                f"`method` conflict needs a direction for every reference gradient; of {num_references}, `rank` kept "
+                f"{most} at most"
+            )
         if (method, kernel) not in self._projections:
             self._projections[method, kernel] = make_projection(self.plan(kernel), self.geometry, method, self.shards)
         return self._projections[method, kernel]
@@ -150,9 +195,15 @@ class Subspace:
     ) -> ProjectionStats:
         """Project gradients in place and measure what was removed and what is left.
 
+        Once an optimizer step: after the last micro-batch's backward pass, after `GradScaler.unscale_` where there is
+        one, and before clipping. Gradients must be whole: with several processes, those that DistributedDataParallel
+        has averaged and not those that FSDP or DeepSpeed shards.
+
         Args:
-            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; a missing name or
-                None counts as zero, a name that no reference gradient touched is left alone.
+            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; at least one name must
+                be the subspace's. A missing name or None counts as zero in the figures, as if its part of the
+                projection were written too; it cannot be, so with scope `global` a component may be left, which
+                `residual` shows. A name that no reference gradient touched is left alone.
             method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
                 change after which no reference loss rises to first order; `monitor` changes nothing.
             kernel: `triton`, `torch`, or `auto` for triton where it runs.
@@ -161,9 +212,18 @@ class Subspace:
             the figures of this projection; reading one waits for the device.
 
         Raises:
-            ValueError: an unknown method or kernel, a tensor with another number of elements than its reference.
-            TypeError: a tensor of another dtype.
+            ValueError: an unknown method or kernel, no name of the subspace, a tensor with another number of elements
+                than its reference, `conflict` where `rank` was below the number of reference gradients.
+            TypeError: no dict, or a tensor of another dtype or a sparse one.
         """
+        _check_mapping("`gradients`", gradients)
+        known = {name: gradients[name] for name in self.names if name in gradients}
+        if not known:
+            # A wrapper's prefix on every name would otherwise switch the projection off without a word.
+            raise ValueError(
+                f"`gradients` has none of the subspace's names: {_some(self.names)}; it has {_some(gradients)}"
+            )
+        _check_tensors("`gradients`", known, GRADIENT_DTYPES)
         ordered = [gradients.get(name) for name in self.names]
         for name, gradient, basis in zip(self.names, ordered, self.basis, strict=True):
             if gradient is not None and gradient.numel() != basis.shape[1]:
@@ -171,3 +231,30 @@ class Subspace:
                     f"the gradient of {name} has {gradient.numel()} elements, its reference gradient {basis.shape[1]}"
                 )
         return self.projection(method, kernel)(ordered, measure=True)
+
+
+def _check_mapping(what: str, gradients: Any) -> None:
+    """Raise a TypeError unless this is a dict."""
+    if not isinstance(gradients, Mapping):
+        raise TypeError(f"{what} must be a dict of tensors by parameter name, not {type(gradients).__name__}")
+
+
+def _check_tensors(what: str, gradients: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
+    """Raise a TypeError unless this is a dict of dense tensors, or None, of these dtypes (None: real floating ones)."""
+    _check_mapping(what, gradients)
+    allowed = "a real floating dtype" if dtypes is None else "float32, bfloat16 or float16"
+    for name, tensor in gradients.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{what} has {type(tensor).__name__} for {name}; allowed: a tensor or None")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{what} has a sparse tensor for {name}; allowed: a dense one")
+        if not tensor.dtype.is_floating_point if dtypes is None else tensor.dtype not in dtypes:
+            raise TypeError(f"{what} has {tensor.dtype} for {name}; allowed: {allowed}")
+
+
+def _some(names: Iterable[str]) -> str:
+    """List names, the first three if there are more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

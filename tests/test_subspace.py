@@ -1,6 +1,7 @@
 """The maths, against float64 oracles: basis, policies, figures."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -185,8 +186,8 @@ def test_gram_matrices_of_rows_in_several_chunks_and_slices(monkeypatch, widths)
 def test_reference_gradients_that_are_not_finite_are_refused():
     broken = random_gradients(1)
     broken["a"][0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="not finite"):
-        Subspace.from_gradients([broken, random_gradients(2)])
+    with pytest.raises(FloatingPointError, match=r"`gradients\[1\]` is not finite, the first time in a"):
+        Subspace.from_gradients([random_gradients(2), broken])
 
 
 @given(
@@ -218,8 +219,11 @@ def test_conflict_is_the_least_change_that_meets_the_constraints(seed, count, ra
         ({"gradients": [{}]}, "at least one dict"),
         ({"scope": "layer"}, "`scope` is 'layer'"),
         ({"rank": 0}, "`rank` is 0"),
-        ({"gradients": [{"a": torch.ones(2)}, {"b": torch.ones(2)}]}, "same names"),
-        ({"gradients": [{"a": torch.ones(2)}, {"a": torch.ones(3)}]}, "different shapes for a"),
+        ({"rank": 33}, "`rank` is 33; allowed: an integer from 1 to 32"),
+        ({"gradients": [random_gradients(i) for i in range(33)]}, "span 33 directions; allowed: at most 32"),
+        ({"gradients": [{"a": torch.ones(2)}, {"b": torch.ones(2)}]}, "same names.* differ in a, b"),
+        ({"gradients": [{"a": None, "b": None}, {"b": None, "a": None}]}, "differ in their order"),
+        ({"gradients": [{"a": torch.ones(2)}, {"a": torch.ones(3)}]}, r"different shapes for a: \[2\], \[3\]"),
         ({"gradients": [{"a": None}]}, "no tensor"),
         (
             {"gradients": [random_gradients(i) for i in range(33)]},
@@ -232,9 +236,62 @@ def test_bad_reference_gradients_are_refused(arguments, message):
         Subspace.from_gradients(**{"gradients": [random_gradients(1)], **arguments})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradients": random_gradients(1)}, "must be a list of dicts .* not dict"),
+        ({"gradients": [random_gradients(1), None]}, r"`gradients\[1\]` must be a dict .* not NoneType"),
+        ({"gradients": [{"a": 1.0}]}, r"`gradients\[0\]` has float for a"),
+        (
+            {"gradients": [{"a": torch.ones(2, dtype=torch.int64)}]},
+            "torch.int64 for a; allowed: a real floating dtype",
+        ),
+        ({"gradients": [{"a": torch.ones(2, dtype=torch.complex64)}]}, "torch.complex64 for a"),
+        ({"gradients": [{"a": torch.eye(2).to_sparse()}]}, "sparse tensor for a"),
+        ({"rank": 1.5}, "`rank` is 1.5; allowed: an integer"),
+        ({"rank": "2"}, "`rank` is '2'; allowed: an integer"),
+    ],
+)
+def test_reference_gradients_of_a_wrong_type_are_refused(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        Subspace.from_gradients(**{"gradients": [random_gradients(1)], **arguments})
+
+
 def test_bad_gradients_are_refused():
     subspace = Subspace.from_gradients([random_gradients(1)])
     with pytest.raises(ValueError, match="`method` is 'threshold'; allowed: orthogonal, conflict, monitor"):
         subspace.project_(random_gradients(2), method="threshold")
     with pytest.raises(ValueError, match="gradient of a has 2 elements, its reference gradient 35"):
         subspace.project_({"a": torch.ones(2)})
+    with pytest.raises(ValueError, match="none of the subspace's names: a, b, c and 1 more; it has module.a"):
+        subspace.project_({"module.a": torch.ones(5, 7)})
+    with pytest.raises(ValueError, match="none of the subspace's names: .*; it has none"):
+        subspace.project_({})
+    with pytest.raises(TypeError, match="must be a dict .* not list"):
+        subspace.project_([torch.ones(5, 7)])
+    with pytest.raises(TypeError, match="torch.float64 for b; allowed: float32, bfloat16 or float16"):
+        subspace.project_(random_gradients(2) | {"b": torch.ones(11, dtype=torch.float64)})
+    with pytest.raises(TypeError, match="sparse tensor for a"):
+        subspace.project_({"a": torch.ones(5, 7).to_sparse()})
+
+
+def test_what_no_reference_gradient_touched_may_be_anything():
+    subspace = Subspace.from_gradients([random_gradients(1)])
+    gradients = {**random_gradients(2), "other": torch.ones(3, dtype=torch.float64)}
+    assert subspace.project_(gradients).removed > 0
+    assert torch.equal(gradients["other"], torch.ones(3, dtype=torch.float64))
+
+
+def test_conflict_needs_a_direction_for_every_reference_gradient():
+    subspace = Subspace.from_gradients([random_gradients(1), random_gradients(2)], rank=1)
+    with pytest.raises(ValueError, match="`method` conflict needs .* of 2, `rank` kept 1"):
+        subspace.project_(random_gradients(3), method="conflict")
+    assert subspace.project_(random_gradients(3)).removed > 0
+
+
+def test_a_subspace_that_was_used_can_be_pickled():
+    subspace = Subspace.from_gradients([random_gradients(1), random_gradients(2)])
+    gradients, again = random_gradients(3), random_gradients(3)
+    subspace.project_(gradients)
+    pickle.loads(pickle.dumps(subspace)).project_(again)
+    assert all(torch.equal(gradients[name], again[name]) for name in SHAPES)

@@ -24,7 +24,8 @@ class RefreshCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         """Refresh the subspace where it is due, and leave no gradient behind."""
-        if state.global_step % self.interval == 0:
+        # A resumed run has no subspace yet.
+        if self.trainer.subspace is None or state.global_step % self.interval == 0:
             self.trainer.subspace = Subspace.from_gradients([self.gradient(model, data) for data in self.references])
             model.zero_grad()
 
@@ -33,17 +34,23 @@ class RefreshCallback(TrainerCallback):
         model.zero_grad()
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(samples))
         self.trainer.compute_loss(model, batch).backward()
-        return {name: param.grad for name, param in model.named_parameters()}
+        return self.trainer.gradients()
 
 
 class ProjectingTrainer(Trainer):
     """A Trainer whose accumulated gradient is projected once per optimizer step."""
 
+    subspace: Subspace | None = None
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the gradients by the names of the bare model: a wrapper, as torch.compile's, adds to names."""
+        return {name: param.grad for name, param in self.model.named_parameters()}
+
     def training_step(self, model, *args, **kwargs):
         """Take a micro-batch's step; with the last one of an optimizer step the gradient is complete."""
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
-            stats = self.subspace.project_({name: param.grad for name, param in model.named_parameters()})
+            stats = self.subspace.project_(self.gradients())
             print(f"step {self.state.global_step + 1}: removed {stats.removed:.3f}, residual {stats.residual:.1e}")
         return loss
 

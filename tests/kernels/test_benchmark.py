@@ -52,4 +52,27 @@ def test_runs_from_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     assert ours["share"] == pytest.approx(ours["bytes"] / ours["seconds"] / 1e9)
     assert clip["ratio"] == pytest.approx(clip["seconds"] / ours["seconds"])
     assert (tmp_path / "out.png").stat().st_size > 10_000
-    assert "clipping alone" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "clipping alone" in out
+    assert "'Qwen2.5-7B LoRA r=8'" in out  # the command can be copied
+    assert str(tmp_path / "out.png") in out
+
+
+@pytest.mark.parametrize("models", [1, 2, 3])
+def test_nothing_of_the_picture_is_cut_off(benchmark, models, monkeypatch, tmp_path):
+    def save(figure, path, **_):
+        figure.canvas.draw()
+        drawn = figure.get_tightbbox()
+        width, height = figure.get_size_inches()
+        boxes.append(drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height)
+
+    boxes = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    rows = [
+        dict(model=model, rank=2, implementation=name, skipped=None, seconds=1e-3, elements=1000)
+        for model in list(benchmark.MODELS)[:models]
+        for name in benchmark.IMPLEMENTATIONS
+    ]
+    title = "Projection and clipping of one step's bfloat16 gradient, NVIDIA H100 80GB HBM3, scale 1"
+    benchmark.plot(rows, 1e9, title, tmp_path / "out.png")
+    assert boxes == [True]
