@@ -145,7 +145,7 @@ class Subspace:
             raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}") from err
         if max(geometry.ranks) > MAX_RANK:
             raise ValueError(
-                f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, which `rank` can limit"
+                f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
             )
 
         subspace = cls(kept_names, basis, geometry, groups)
@@ -240,7 +240,7 @@ def _check_mapping(what: str, gradients: Any) -> None:
 
 
 def _check_tensors(what: str, gradients: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
-    """Raise a TypeError unless this is a dict of dense tensors, or None, of these dtypes (None: real floating ones)."""
+    """Raise a TypeError unless this is a dict of dense tensors, or Nones, of these dtypes (None: any floating one)."""
     _check_mapping(what, gradients)
     allowed = "a real floating dtype" if dtypes is None else "float32, bfloat16 or float16"
     for name, tensor in gradients.items():

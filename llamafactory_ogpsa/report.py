@@ -32,7 +32,7 @@ def read_log(path: str) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as err:
-            raise ValueError(f"{path}, line {number}, is not JSON: {err}")
+            raise ValueError(f"{path}, line {number}, is not JSON: {err}; mend the line, or move the file away")
     return rows
 
 

@@ -56,8 +56,8 @@ def gram_matrices(
 
 def _product(chunk: torch.Tensor) -> torch.Tensor:
     """Return `chunk @ chunk.T` for a chunk that is much wider than high, `[n, width]`."""
-    # Many products at once: a GPU's matrix multiplication is parallel over the rows and columns of the result, of which
-    # there are few, and need not be over the long sum (rocBLAS issue 1195: below 5 GB/s).
+    # Many products at once: a GPU's matrix multiplication is parallel over the rows and columns of the result, of
+    # which there are few, and need not be over the long sum (rocBLAS issue 1195: below 5 GB/s).
     whole = chunk.shape[1] // _SLICE * _SLICE
     slices = chunk[:, :whole].unflatten(1, (-1, _SLICE)).transpose(0, 1) if whole else chunk[None, :, :0]
     rest = chunk[:, whole:]
@@ -77,6 +77,16 @@ def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weight
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // row.shape[0]), dim=1):
             chunk[:rank].copy_((weights[group] @ _to_float64(chunk, device)).to(row.dtype))
+
+
+def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the first `rank` rows of a tensor and give the memory of the others back, where that frees any."""
+    # Freed pinned memory stays with the process: a copy would only add to it.
+    if rank == row.shape[0] or row.is_pinned():
+        return row[:rank]
+    kept = row[:rank].clone()
+    row.set_()
+    return kept
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ def orthonormalise_(
     what rounding alone produces are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
 
     Args:
-        rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten.
+        rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten, or emptied.
         groups: the group of each tensor.
         num_groups: how many groups there are.
         rank: most directions kept; None keeps all `n`.
@@ -158,7 +168,7 @@ def orthonormalise_(
 
     weights = ratio(torch.ones_like(roots), roots)[:, :, None] * eigenvectors.mT * inverse_norms[:, None, :]
     _transform_rows_(rows, groups, weights, device)
-    basis = [row[:r] for row in rows]
+    basis = [_first_rows(row, r) for row in rows]
 
     coordinates = (norms[:, :, None] * eigenvectors * roots[:, None, :]).unflatten(1, (-1, parts)).sum(2)
     blocks = gram.unflatten(2, (-1, parts)).unflatten(1, (-1, parts)).diagonal(dim1=1, dim2=3)

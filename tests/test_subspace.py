@@ -295,3 +295,11 @@ def test_a_subspace_that_was_used_can_be_pickled():
     subspace.project_(gradients)
     pickle.loads(pickle.dumps(subspace)).project_(again)
     assert all(torch.equal(gradients[name], again[name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("scope", ["parameter", "global"])
+def test_rows_that_a_rank_leaves_out_take_no_memory(scope):
+    references = [random_gradients(seed) for seed in range(4)]
+    subspace = Subspace.from_gradients(references, scope=scope, rank=2)
+    for basis, name in zip(subspace.basis, subspace.names, strict=True):
+        assert basis.untyped_storage().nbytes() == 2 * 4 * references[0][name].numel()
