@@ -13,6 +13,7 @@ costs nothing, and keeps TF32 out of them where a run allows it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -41,21 +42,36 @@ class ProjectionStats:
 
     Attributes:
         norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
-        finite_tensor: False where the gradient held inf or NaN and was left as it was; bool, 0-dim.
         residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
-        coefficients: `c = Uᵀg`, float64 `[groups, rank]`.
-        delta: `Δ`, float64 `[groups, rank]`; for `monitor` that of `orthogonal`, which was not applied.
+        products: `B g` with the basis as stored, float32 `[groups, rank]`.
+        policy_delta: the `Δ` that a policy chose, float64 `[groups, rank]`; None where it is `-c`.
         geometry: that of the basis.
     """
 
     norm_tensor: torch.Tensor
-    finite_tensor: torch.Tensor
     residual_tensor: torch.Tensor | None
     squared_norms: torch.Tensor
-    coefficients: torch.Tensor
-    delta: torch.Tensor
+    products: torch.Tensor
+    policy_delta: torch.Tensor | None
     geometry: Geometry
+
+    @property
+    def finite_tensor(self) -> torch.Tensor:
+        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
+        return self.norm_tensor.isfinite()
+
+    @cached_property
+    def coefficients(self) -> torch.Tensor:
+        """`c = Uᵀg`, float64 `[groups, rank]`."""
+        return _whiten(self.geometry, self.products)
+
+    @cached_property
+    def delta(self) -> torch.Tensor:
+        """`Δ`, float64 `[groups, rank]`; for `monitor` that of `orthogonal`, which was not applied."""
+        if self.policy_delta is not None:
+            return self.policy_delta
+        return torch.where(self.finite_tensor, -self.coefficients, 0.0)
 
     @property
     def norm(self) -> float:
@@ -192,39 +208,47 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, shards: Shards 
     def project(
         gradients: Sequence[torch.Tensor | None], max_norm: float | None = None, measure: bool = False
     ) -> ProjectionStats:
+        delta = None
         if fused:
-            raw, squared_norms = plan.orthogonal_(gradients, inverse_gram, max_norm)
+            products, squared_norms, norm = plan.orthogonal_(gradients, inverse_gram, max_norm)
         else:
-            raw, squared_norms = _coefficients(plan, gradients, shards)
-        c = torch.einsum("gij,gj->gi", whitening, raw.double())
-        finite = torch.isfinite(squared_norms.sum())
-        delta = torch.where(finite, conflict(c) if conflict is not None else -c, 0.0)
-        norm = squared_norms.sum().sqrt()
-        scale = None
-        if method != "monitor":
-            change = torch.where(finite, 2 * c * delta + delta.square(), 0.0).sum(1)
-            norm = (squared_norms + change).clamp(min=0).sum().sqrt().float()
-            scale = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            products, squared_norms = _coefficients(plan, gradients, shards)
+            norm = squared_norms.sum().sqrt()
         if method != "monitor" and not fused:
+            c, finite = _whiten(geometry, products), norm.isfinite()
+            delta = torch.where(finite, conflict(c) if conflict is not None else -c, 0.0)
+            left = (squared_norms + 2 * (c * delta).sum(1) + delta.square().sum(1)).clamp(min=0).sum().sqrt()
+            norm = torch.where(finite, left.float(), norm)
+            scale = _clipping_factor(norm, max_norm)
             plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta).float(), scale)
 
         residual = None
         if measure:
-            norms = squared_norms.sqrt()
-            residual = _residual(plan, gradients, shards, whitening, norms if scale is None else scale * norms)
-        return ProjectionStats(norm, finite, residual, squared_norms, c, delta, geometry)
+            norms, scale = squared_norms.sqrt(), None if method == "monitor" else _clipping_factor(norm, max_norm)
+            residual = _residual(plan, gradients, shards, geometry, norms if scale is None else scale * norms)
+        return ProjectionStats(norm, residual, squared_norms, products, delta, geometry)
 
     return project
+
+
+def _whiten(geometry: Geometry, products: torch.Tensor) -> torch.Tensor:
+    """Turn products with the basis as stored into coefficients in orthonormal coordinates, float64."""
+    return torch.einsum("gij,gj->gi", geometry.whitening, products.double())
+
+
+def _clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
+    """Return the factor of `torch.nn.utils.clip_grad_norm_`, None where nothing is clipped."""
+    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _coefficients(
     plan: Plan, gradients: Sequence[torch.Tensor | None], shards: Shards | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure the gradients, summed over the processes where each holds a piece; see `Plan.coefficients`."""
-    raw, squared_norms = plan.coefficients(gradients)
+    products, squared_norms = plan.coefficients(gradients)
     if shards is None:
-        return raw, squared_norms
-    total = shards.sum(torch.cat([raw, squared_norms[:, None]], dim=1))
+        return products, squared_norms
+    total = shards.sum(torch.cat([products, squared_norms[:, None]], dim=1))
     return total[:, :-1], total[:, -1]
 
 
@@ -232,7 +256,7 @@ def _residual(
     plan: Plan,
     gradients: Sequence[torch.Tensor | None],
     shards: Shards | None,
-    whitening: torch.Tensor,
+    geometry: Geometry,
     norms: torch.Tensor,
 ) -> torch.Tensor:
     """Measure the largest |cos| between what the gradients now are and a basis direction, group by group.
@@ -241,12 +265,12 @@ def _residual(
         plan: the kernels over the basis.
         gradients: the gradients after the projection.
         shards: the processes that they are split over.
-        whitening: `[groups, rank, rank]`.
+        geometry: that of the basis.
         norms: `[groups]`, their norms before it, times the clipping factor.
 
     Returns:
         the cosine, 0-dim. A group of which less than `_RESIDUAL_FLOOR` is left is measured against that floor.
     """
-    raw, left = _coefficients(plan, gradients, shards)
-    coefficients = torch.einsum("gij,gj->gi", whitening, raw.double()).abs().amax(1)
+    products, left = _coefficients(plan, gradients, shards)
+    coefficients = _whiten(geometry, products).abs().amax(1)
     return ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms)).max()

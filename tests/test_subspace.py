@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.projection import conflict_policy
@@ -303,3 +304,32 @@ def test_rows_that_a_rank_leaves_out_take_no_memory(scope):
     subspace = Subspace.from_gradients(references, scope=scope, rank=2)
     for basis, name in zip(subspace.basis, subspace.names, strict=True):
         assert basis.untyped_storage().nbytes() == 2 * 4 * references[0][name].numel()
+
+
+class Operations(TorchDispatchMode):
+    """Lists the torch operations that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_orthogonal_step_queues_nothing_beside_its_launches(monkeypatch):
+    from llamafactory_ogpsa.kernels import triton_plan
+
+    launched = []
+    monkeypatch.setattr(triton_plan, "_launch", lambda kernel, *args, **options: launched.append(kernel))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gradients, *references = ([t.to(device) for t in random_gradients(seed).values()] for seed in range(3))
+    subspace = Subspace.from_gradients([dict(zip(SHAPES, tensors, strict=True)) for tensors in references])
+    project = subspace.projection("orthogonal", "triton")
+    project(gradients, 1.0)  # makes the table of addresses
+    launched.clear()
+    with Operations() as operations:
+        project(gradients, 1.0)
+    assert len(launched) == 3
+    assert set(operations.names) == {"empty"}

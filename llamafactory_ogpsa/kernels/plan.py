@@ -70,7 +70,7 @@ class Plan(ABC):
     @abstractmethod
     def orthogonal_(
         self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Remove from each group's gradient what lies in the span of its basis, and clip, in place.
 
         With ``A_k`` the inverse Gram matrix of group ``k``'s basis, this is the orthogonal projection of arXiv
@@ -90,7 +90,8 @@ class Plan(ABC):
             max_norm: the largest norm to leave, or None not to clip.
 
         Returns:
-            The gradients' c and sq before the change, as from :meth:`coefficients`.
+            The gradients' c and sq before the change, as from :meth:`coefficients`, and the norm after it, before
+            clipping, float32 without dimensions: finite exactly where the sum of ``sq`` is.
 
         Raises:
             ValueError: the gradients' number, sizes or device differ from the plan's, or inverse_gram's shape does.

@@ -82,16 +82,16 @@ class TorchPlan(Plan):
     @torch.no_grad()
     def orthogonal_(
         self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
         dense, copied = self._dense(gradients)
         sums = self._sums(dense)
-        delta, scale = orthogonal_step(*_split(sums), inverse_gram, max_norm)
+        delta, scale, norm = orthogonal_step(*_split(sums), inverse_gram, max_norm)
         self._write(dense, delta, scale)
         for gradient, copy in copied:
             gradient.copy_(copy)
 
-        return _split(sums.float())
+        return *_split(sums.float()), norm
 
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
         """Do nothing: torch has no kernels to compile."""

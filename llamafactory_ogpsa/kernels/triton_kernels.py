@@ -193,7 +193,7 @@ def reduce_kernel(
 
 @triton.jit
 def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
-    """Return the clipping factor, and whether the gradients are finite. A negative max_norm asks for no clipping."""
+    """Return the clipping factor, whether the gradients are finite, and the norm. A negative max_norm: no clipping."""
     columns = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     kept = tl.zeros([BLOCK], tl.float64)
@@ -208,10 +208,12 @@ def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
     finite = tl.abs(total.to(tl.float32)) < float("inf")
     # A tensor in the interpreter too: the one of Triton 3.2 has no `|` of a bool and a tensor.
     max_norm = tl.full([], max_norm, tl.float32)
-    factor = max_norm / (tl.sqrt(tl.where(finite, kept, total)) + 1e-6)
+    norm = tl.sqrt(tl.where(finite, kept, total))
+    factor = max_norm / (norm + 1e-6)
     # A factor that is not a number stays, as in torch.
     factor = tl.where((max_norm < 0.0) | (factor > 1.0), 1.0, factor)
-    return factor.to(tl.float32), finite
+    # Where it is not finite, a sum in float32 is its own root.
+    return factor.to(tl.float32), finite, tl.where(finite, norm.to(tl.float32), total.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["first", "last", "num_pieces", "num_groups"])
@@ -222,6 +224,7 @@ def apply_kernel(
     delta,
     scale,
     norms,
+    norm_out,
     max_norm,
     first,
     last,
@@ -239,10 +242,13 @@ def apply_kernel(
 ):
     """Write ``s·(g + Bᵀ Δ)`` to the tiles from ``first`` to before ``last``.
 
-    With DECIDE every program works s out, from the same table in the same order; else it reads ``scale``.
+    With DECIDE every program works s out, from the same table in the same order, and the first one writes the norm of
+    what is left to ``norm_out``, float32; else they read ``scale``.
     """
     if DECIDE:
-        s, finite = _decide(norms, max_norm, num_groups, GROUPS)
+        s, finite, norm = _decide(norms, max_norm, num_groups, GROUPS)
+        if tl.program_id(0) == 0:
+            tl.store(norm_out, norm)
     else:
         s = tl.load(scale)
     all_rows = tl.arange(0, PADDED)

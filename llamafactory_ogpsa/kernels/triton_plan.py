@@ -128,7 +128,7 @@ class TritonPlan(Plan):
     @torch.no_grad()
     def orthogonal_(
         self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
         with self._on_device():
             copied = self._upload(gradients)
@@ -136,13 +136,15 @@ class TritonPlan(Plan):
                 self._sum(_launch, *self._spans[bucket])
 
             c, sq = self._reduce(_launch, inverse_gram.contiguous())
+            # Without tiles there is no program to write it.
+            norm = (torch.empty if self._num_tiles else torch.zeros)((), device=self.device)
             for bucket in self._source.load():
-                self._apply(_launch, *self._spans[bucket], self._delta, None, max_norm)
+                self._apply(_launch, *self._spans[bucket], self._delta, norm=norm, max_norm=max_norm)
 
         for gradient, copy in copied:
             gradient.copy_(copy)
 
-        return c, sq
+        return c, sq, norm
 
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
         indices = _integers([DTYPES.index(dtype) for dtype in dtypes])[self._piece_tensor]
@@ -156,7 +158,7 @@ class TritonPlan(Plan):
             self._reduce(_compile, None)
             self._reduce(_compile, self._delta)
             self._apply(_compile, 0, self._num_tiles, self._delta, self._one)
-            self._apply(_compile, 0, self._num_tiles, self._delta, None)
+            self._apply(_compile, 0, self._num_tiles, self._delta, norm=self._one)
 
     def _on_device(self) -> contextlib.AbstractContextManager:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
@@ -230,10 +232,11 @@ class TritonPlan(Plan):
         first: int,
         last: int,
         delta: torch.Tensor,
-        scale: torch.Tensor | None,
+        scale: torch.Tensor | None = None,
+        norm: torch.Tensor | None = None,
         max_norm: float | None = None,
     ) -> None:
-        """Write the tiles from first to before last; without a scale the kernel decides on it."""
+        """Write the tiles from first to before last; without a scale the kernel decides on it, and writes the norm."""
         start(
             apply_kernel,
             min(last - first, self._programs),
@@ -243,6 +246,7 @@ class TritonPlan(Plan):
             delta,
             self._one if scale is None else scale,
             self._norms,
+            self._one if norm is None else norm,
             -1.0 if max_norm is None else float(max_norm),
             first,
             last,

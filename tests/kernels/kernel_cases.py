@@ -113,20 +113,24 @@ class Case:
             for b, g, k in zip(self.basis, self.before, self.groups)
         ]
 
+    def orthogonal_delta(self):
+        """Return the float64 Δ of the orthogonal projection."""
+        c, _, _ = self.coefficients()
+        return -(self.inverse_gram().double().cpu() @ c[:, :, None])[:, :, 0]
+
+    def projected_norm(self):
+        """Return the float64 norm after the orthogonal projection."""
+        # In it a missing gradient is one of zeros, which the projection moves.
+        present = self.before
+        self.before = [torch.zeros(b.shape[1]) if g is None else g for b, g in zip(self.basis, present)]
+        norm = float(sum(g.square().sum() for g in self.moved(self.orthogonal_delta()))) ** 0.5
+        self.before = present
+        return norm
+
     def projected(self, max_norm=None):
         """Return the float64 gradients after the orthogonal projection and clipping."""
-        c, _, _ = self.coefficients()
-        delta = -(self.inverse_gram().double().cpu() @ c[:, :, None])[:, :, 0]
-        scale = 1.0
-        if max_norm is not None:
-            # In the norm a missing gradient is one of zeros, which the projection moves.
-            present = self.before
-            self.before = [torch.zeros(b.shape[1]) if g is None else g for b, g in zip(self.basis, present)]
-            norm = sum(g.square().sum() for g in self.moved(delta)) ** 0.5
-            self.before = present
-            scale = min(1.0, max_norm / (norm + 1e-6))
-
-        return self.moved(delta, scale)
+        scale = 1.0 if max_norm is None else min(1.0, max_norm / (self.projected_norm() + 1e-6))
+        return self.moved(self.orthogonal_delta(), scale)
 
 
 def orthonormal(numels, groups, rank, generator):

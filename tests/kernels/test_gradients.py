@@ -94,9 +94,10 @@ def test_same_address_another_dtype(implementation):
 def test_only_empty_tensors(implementation):
     kernel, device = implementation
     case = Case([0, 0], [0, 1], 2, device=device)
-    c, sq = case.plan(kernel).orthogonal_(case.gradients, case.inverse_gram(), 1.0)
+    c, sq, norm = case.plan(kernel).orthogonal_(case.gradients, case.inverse_gram(), 1.0)
     assert c.tolist() == [[0.0, 0.0], [0.0, 0.0]]
     assert sq.tolist() == [0.0, 0.0]
+    assert norm.item() == 0.0
 
 
 @each_implementation

@@ -27,6 +27,10 @@ def test_any_case_agrees_with_float64(way, drawn):
     returned = plan.orthogonal_(case.gradients, case.inverse_gram(), max_norm)
     assert torch.equal(returned[0], c)
     assert torch.equal(returned[1], sq)
+    # A difference of squares: their rounding is what remains, however little of the gradient does.
+    assert returned[2].square().item() == pytest.approx(
+        case.projected_norm() ** 2, abs=2e-6 * float(expected_sq.sum())
+    )
     assert_close(case.gradients, case.projected(max_norm), case.before, kernel, slack=2e-6)
 
 
@@ -58,11 +62,12 @@ def test_float32_at_size(way, numel):
     gram = torch.linalg.inv(basis.double() @ basis.double().T).float()[None].to(device)
     moved = gradient.to(device)
     plan = make_plan([basis.to(device)], [0], 1, kernel=kernel)
-    c, sq = plan.orthogonal_([moved], gram)
+    c, sq, norm = plan.orthogonal_([moved], gram)
     assert (c[0].double().cpu() - exact).norm() <= 1e-6 * exact.norm()
     assert (sq[0].double().cpu() - exact_sq).abs() <= 1e-6 * exact_sq
     left = moved.double().cpu()
     assert ((basis.double() @ left).abs() <= 1e-6 * left.norm()).all()
+    assert norm.item() == pytest.approx(left.norm().item(), rel=1e-6)
 
 
 @each_implementation
@@ -102,10 +107,11 @@ def test_implementations_agree(implementation):
     kernel, device = implementation
     case = Case([700, 33, 512], [1, 0, 1], 3, device=device)
     reference = Case([700, 33, 512], [1, 0, 1], 3)
-    c, sq = case.plan(kernel).orthogonal_(case.gradients, case.inverse_gram(), 1.0)
+    c, sq, norm = case.plan(kernel).orthogonal_(case.gradients, case.inverse_gram(), 1.0)
     expected = reference.plan("torch").orthogonal_(reference.gradients, reference.inverse_gram(), 1.0)
     torch.testing.assert_close(c.cpu(), expected[0], rtol=0, atol=1e-6 * float(sq.sum()) ** 0.5)
     torch.testing.assert_close(sq.cpu(), expected[1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm.cpu(), expected[2], rtol=1e-6, atol=0)
     for g, e in zip(case.gradients, reference.gradients, strict=True):
         torch.testing.assert_close(g.cpu(), e, rtol=1e-6, atol=1e-7)
 
@@ -117,6 +123,6 @@ def test_every_run_gives_the_same_bits(implementation):
     results = []
     for _ in range(2):
         gradients = case.copies()
-        c, sq = case.plan(kernel).orthogonal_(gradients, case.inverse_gram(), 1.0)
-        results.append([c, sq, *gradients])
+        figures = case.plan(kernel).orthogonal_(gradients, case.inverse_gram(), 1.0)
+        results.append([*figures, *gradients])
     assert_same_bits(*results)

@@ -41,12 +41,13 @@ def test_non_finite_follows_the_stock_rule(implementation, value):
         case.gradients[0][:9] = -0.0
     before = case.copies()
     plan = case.plan(kernel)
-    c, sq = plan.orthogonal_(case.gradients, case.inverse_gram())
+    c, sq, norm = plan.orthogonal_(case.gradients, case.inverse_gram())
     if adds_zeros:
         torch.testing.assert_close(case.gradients, before, rtol=0, atol=0, equal_nan=True)
     else:
         assert_same_bits(case.gradients, before)
     assert not sq.sum().isfinite()
+    assert not norm.isfinite()
     assert c[0].isfinite().all()
 
     plan.orthogonal_(case.gradients, case.inverse_gram(), 1.0)
