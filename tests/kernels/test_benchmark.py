@@ -1,4 +1,4 @@
-"""The benchmark: what it compares must compute the same, and it must run from end to end."""
+"""The benchmarks: what they compare must compute the same, and they must run from end to end."""
 
 import importlib.util
 import json
@@ -7,18 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import Case
+from kernel_cases import KERNELS_INTERPRETED, Case, each_implementation
 
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "projection.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_projection", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return _load("projection")
 
 
 @pytest.mark.parametrize("name", ["ours (torch)", "foreach", "published rule"])
@@ -76,3 +80,29 @@ def test_nothing_of_the_picture_is_cut_off(benchmark, models, monkeypatch, tmp_p
     title = "Projection and clipping of one step's bfloat16 gradient, NVIDIA H100 80GB HBM3, scale 1"
     benchmark.plot(rows, 1e9, title, tmp_path / "out.png")
     assert boxes == [True]
+
+
+@each_implementation
+def test_accuracy_is_as_promised(implementation, monkeypatch, capsys):
+    kernel, device = implementation
+    command = ["accuracy.py", "--numel", "20000", "--kernel", kernel, "--device", device]
+    monkeypatch.setattr(sys, "argv", command)
+    _load("accuracy").main()
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[-2:] == ["beyond", "residual"]
+    assert [row.split()[0] for row in rows] == 2 * ["float32"] + 4 * ["bfloat16"]
+    for row in rows:
+        *_, gradient, beyond, residual = map(float, row.split()[2:])
+        in_float32 = row.startswith("float32")
+        assert gradient <= (1e-6 if in_float32 else 2**-8)
+        # The interpreter rounds float32 to bfloat16 towards zero.
+        assert beyond <= (2**-8 if kernel == "triton" and KERNELS_INTERPRETED and not in_float32 else 1e-6)
+        assert residual <= (1e-6 if in_float32 else 2e-3)
+
+
+def test_accuracy_tells_one_rounding_from_two():
+    accuracy = _load("accuracy")
+    exact = torch.tensor([1 + 2**-8 + 2**-12], dtype=torch.float64)
+    once, twice = exact.bfloat16().double(), (exact - 2**-11).bfloat16().double()
+    half = accuracy.spacing(exact, torch.bfloat16) / 2
+    assert (once - exact).abs() <= half < (twice - exact).abs()
