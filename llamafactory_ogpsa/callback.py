@@ -29,7 +29,7 @@ from .reference import (
     without_noise,
 )
 from .report import LOG_NAME, PLOT_NAME, append_row, begin_log, plot_log
-from .settings import Settings, choose_basis_device
+from .settings import Settings, agree, choose_basis_device
 from .state import RunState, fail_together, load_state, remove_state, save_state
 from .subspace import Geometry, assign_groups, orthonormalise_
 
@@ -106,7 +106,8 @@ class OgpsaCallback(TrainerCallback):
         self.groups, self.num_groups = assign_groups(len(self.engine.names), settings.scope)
         num_rows = len(self.sets) * self.parts
         num_bytes = num_rows * sum(self.engine.sizes) * self.basis_dtype.itemsize
-        self.basis_device = choose_basis_device(settings.basis_device, self.engine.device, num_bytes)
+        basis_device = choose_basis_device(settings.basis_device, self.engine.device, num_bytes)
+        self.basis_device, self.kernel = agree(self.engine, basis_device, settings.kernel)
 
         if state.is_world_process_zero:
             self._introduce(args, state.max_steps, num_bytes)
@@ -243,7 +244,7 @@ class OgpsaCallback(TrainerCallback):
         self.subspace = Subspace(
             self.engine.names, basis, geometry, self.groups, self.engine.device, self.engine.shards
         )
-        self.subspace.plan(self.settings.kernel).warmup(self.engine.dtypes)
+        self.subspace.plan(self.kernel).warmup(self.engine.dtypes)
 
     @property
     def _made_by(self) -> dict[str, Any]:
@@ -321,7 +322,7 @@ class OgpsaCallback(TrainerCallback):
         if self.settings.scope == "global" and self.settings.method != "monitor":
             # A direction over all parameters is removed as a whole, also from those that this step does not reach.
             self.engine.fill()
-        projection = self.subspace.projection(self.settings.method, self.settings.kernel)
+        projection = self.subspace.projection(self.settings.method, self.kernel)
         stats = projection(self.engine.gradients(), max_norm, measure=self.will_log(self.trainer.state))
         if self.settings.method != "monitor":
             self.engine.projected()

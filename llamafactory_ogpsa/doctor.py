@@ -195,7 +195,12 @@ def check_triton() -> Iterator[Finding]:
     if obstacle is None:
         yield Finding(OK, "kernels", "Triton")
     elif torch.cuda.is_available():
-        yield Finding(NOTE, "kernels", f"torch, because {obstacle}", "pip install triton; install a C compiler")
+        yield Finding(
+            NOTE,
+            "kernels",
+            f"torch, because {obstacle}",
+            "pip install triton; install a C compiler; unset TRITON_INTERPRET",
+        )
     else:
         yield Finding(OK, "kernels", f"torch, because {obstacle}")
 

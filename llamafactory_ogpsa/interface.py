@@ -1,6 +1,7 @@
 """The Python interface: a subspace that is projected out of gradients, without LLaMA-Factory."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -79,7 +80,7 @@ class Subspace:
             rank: most directions kept, 1 to 32; None keeps one for each reference gradient.
 
         Returns:
-            the subspace, on the gradients' device and in their dtype (float16 becomes float32).
+            the subspace, on the gradients' device, a tensor's basis in bfloat16 where its gradients are, else float32.
 
         Raises:
             ValueError: no gradient, different names or shapes, an unknown scope, a rank or a number of independent
@@ -99,7 +100,7 @@ class Subspace:
             raise ValueError("`gradients` must hold at least one dict of tensors")
         if scope not in SCOPES:
             raise ValueError(f"`scope` is {scope!r}; allowed: {', '.join(SCOPES)}")
-        if rank is not None and not isinstance(rank, int):
+        if rank is not None and not isinstance(rank, Integral):
             raise TypeError(f"`rank` is {rank!r}; allowed: an integer from 1 to {MAX_RANK}, or None")
         if rank is not None and not 1 <= rank <= MAX_RANK:
             raise ValueError(f"`rank` is {rank}; allowed: an integer from 1 to {MAX_RANK}, or None")
@@ -171,7 +172,7 @@ class Subspace:
 
         Raises:
             ValueError: an unknown method or kernel, a kernel that cannot run here, or `conflict` where `rank` was
-                below the number of reference gradients.
+                below the number of reference gradients, be they independent or not.
         """
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}")
@@ -249,7 +250,7 @@ def _check_tensors(what: str, gradients: Any, dtypes: Sequence[torch.dtype] | No
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{what} has {type(tensor).__name__} for {name}; allowed: a tensor or None")
         if tensor.layout != torch.strided:
-            raise TypeError(f"{what} has a sparse tensor for {name}; allowed: a dense one")
+            raise TypeError(f"{what} has a tensor of layout {tensor.layout} for {name}; allowed: a dense one")
         if not tensor.dtype.is_floating_point if dtypes is None else tensor.dtype not in dtypes:
             raise TypeError(f"{what} has {tensor.dtype} for {name}; allowed: {allowed}")
 

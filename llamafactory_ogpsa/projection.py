@@ -45,7 +45,7 @@ class ProjectionStats:
         residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
         products: `B g` with the basis as stored, float32 `[groups, rank]`.
-        policy_delta: the `Δ` that a policy chose, float64 `[groups, rank]`; None where it is `-c`.
+        policy_delta: the `Δ` that a policy chose, float64 `[groups, rank]`; None where the kernels chose `-c`, or nothing was applied.
         geometry: that of the basis.
     """
 

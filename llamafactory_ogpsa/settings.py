@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .engines import Engine, sum_numbers
+from .kernels import triton_obstacle
+
 
 logger = logging.getLogger("llamafactory.ogpsa")
 
@@ -45,3 +48,25 @@ def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: i
             )
             return torch.device("cpu")
     return gradient_device
+
+
+def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torch.device, str]:
+    """Let all processes take the same basis device and kernel; every process calls it.
+
+    Sums in another order differ in their last bits, and replicas that differ drift apart: what one process cannot do,
+    none does.
+
+    Args:
+        engine: where the gradients live.
+        basis_device: what `choose_basis_device` gave in this process.
+        kernel: `auto`, `triton` or `torch`.
+
+    Returns:
+        the device and the kernel.
+    """
+    here = kernel == "auto" and triton_obstacle(engine.device.type, interpret=False) is not None
+    hosted, obstructed = sum_numbers(engine, [float(basis_device.type == "cpu"), float(here)])
+    if obstructed and not here:
+        logger.warning("OGPSA projects gradients by torch: Triton cannot run in every process.")
+        kernel = "torch"
+    return torch.device("cpu") if hosted else basis_device, kernel

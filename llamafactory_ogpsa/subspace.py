@@ -16,7 +16,7 @@ from .engines.shards import Shards
 
 SCOPES = ("parameter", "global")
 
-# Elements that are converted to float64 at a time: the only temporary of a refresh.
+# Elements that are converted to float64 at a time.
 _CHUNK = 1 << 22
 # Columns of a chunk whose products one matrix multiplication adds up.
 _SLICE = 1 << 13

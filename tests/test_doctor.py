@@ -165,4 +165,7 @@ def test_devices_and_kernels_are_told_on_gpus_too(monkeypatch):
     assert [finding.text for finding in doctor.check_triton()] == ["Triton"]
     monkeypatch.setattr("llamafactory_ogpsa.kernels.triton_obstacle", lambda *args, **kwargs: "it is not installed")
     (finding,) = doctor.check_triton()
-    assert (finding.state, finding.fix) == (doctor.NOTE, "pip install triton; install a C compiler")
+    assert (finding.state, finding.fix) == (
+        doctor.NOTE,
+        "pip install triton; install a C compiler; unset TRITON_INTERPRET",
+    )

@@ -226,10 +226,6 @@ def test_conflict_is_the_least_change_that_meets_the_constraints(seed, count, ra
         ({"gradients": [{"a": None, "b": None}, {"b": None, "a": None}]}, "differ in their order"),
         ({"gradients": [{"a": torch.ones(2)}, {"a": torch.ones(3)}]}, r"different shapes for a: \[2\], \[3\]"),
         ({"gradients": [{"a": None}]}, "no tensor"),
-        (
-            {"gradients": [random_gradients(i) for i in range(33)]},
-            "`gradients` span 33 directions; allowed: at most 32",
-        ),
     ],
 )
 def test_bad_reference_gradients_are_refused(arguments, message):
@@ -248,7 +244,7 @@ def test_bad_reference_gradients_are_refused(arguments, message):
             "torch.int64 for a; allowed: a real floating dtype",
         ),
         ({"gradients": [{"a": torch.ones(2, dtype=torch.complex64)}]}, "torch.complex64 for a"),
-        ({"gradients": [{"a": torch.eye(2).to_sparse()}]}, "sparse tensor for a"),
+        ({"gradients": [{"a": torch.eye(2).to_sparse()}]}, "layout torch.sparse_coo for a"),
         ({"rank": 1.5}, "`rank` is 1.5; allowed: an integer"),
         ({"rank": "2"}, "`rank` is '2'; allowed: an integer"),
     ],
@@ -272,7 +268,7 @@ def test_bad_gradients_are_refused():
         subspace.project_([torch.ones(5, 7)])
     with pytest.raises(TypeError, match="torch.float64 for b; allowed: float32, bfloat16 or float16"):
         subspace.project_(random_gradients(2) | {"b": torch.ones(11, dtype=torch.float64)})
-    with pytest.raises(TypeError, match="sparse tensor for a"):
+    with pytest.raises(TypeError, match="layout torch.sparse_coo for a"):
         subspace.project_({"a": torch.ones(5, 7).to_sparse()})
 
 
@@ -332,4 +328,4 @@ def test_an_orthogonal_step_queues_nothing_beside_its_launches(monkeypatch):
     with Operations() as operations:
         project(gradients, 1.0)
     assert len(launched) == 3
-    assert set(operations.names) == {"empty"}
+    assert set(operations.names) <= {"empty", "empty_like", "new_empty"}

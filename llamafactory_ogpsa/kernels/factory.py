@@ -127,15 +127,15 @@ def triton_obstacle(device_type: str, interpret: bool) -> str | None:
 
 def _driver_obstacle() -> str | None:
     """Return why Triton cannot launch kernels on this machine's accelerator, None where it can."""
-    from triton.runtime import driver
-
-    from .triton_kernels import INTERPRETED
-
-    if INTERPRETED:
-        # It would follow addresses of the accelerator's memory on the host.
-        return "TRITON_INTERPRET is set, and interpreted kernels cannot read an accelerator's memory"
-
     try:
+        from triton.runtime import driver
+
+        from .triton_kernels import INTERPRETED
+
+        if INTERPRETED:
+            # It would follow addresses of the accelerator's memory on the host.
+            return "TRITON_INTERPRET is set, and interpreted kernels cannot read an accelerator's memory"
+
         # Builds the driver's part, for which Triton needs a C compiler and Python's headers.
         driver.active.get_current_device()
     except Exception as err:

@@ -20,10 +20,11 @@ def orthogonal_step(
     """
     removed = (inverse_gram.to(c.dtype) @ c.unsqueeze(-1)).squeeze(-1)
     total = sq.sum()
-    # Judged in float32, in which the caller sees the same sum.
-    finite = total.float().isfinite()
+    # In float32, in which the caller sees the same sum.
+    total = total.float()
+    finite = total.isfinite()
     delta = torch.where(finite, -removed, 0.0).float()
     kept = (sq - (c * removed).sum(-1)).clamp(min=0.0).sum()
-    norm = torch.where(finite, kept, total).sqrt()
+    norm = torch.where(finite, kept, total.to(kept.dtype)).sqrt()
     scale = None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0).float()
-    return delta, scale, torch.where(finite, norm.float(), total.float())
+    return delta, scale, norm.float()

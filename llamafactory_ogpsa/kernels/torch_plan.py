@@ -51,9 +51,9 @@ class TorchPlan(Plan):
             [slice(i, min(i + size, piece.length)) for i in range(0, piece.length, size)] for piece in source.pieces
         ]
         size = min(size, max((span.stop for piece in spans for span in piece), default=0))
-        work = torch.empty(rank + 1, size, device=self.device)
+        work = torch.empty(rank + 1, size, dtype=torch.float32, device=self.device)
         views = {n: work[:, :n] for n in {span.stop - span.start for piece in spans for span in piece}}
-        self._partials = torch.zeros(sum(map(len, spans)), rank + 1, device=self.device)
+        self._partials = torch.zeros(sum(map(len, spans)), rank + 1, dtype=torch.float32, device=self.device)
         self._sum_dtype = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
         self._group_chunks = torch.zeros(num_groups, dtype=torch.int64)
         self._chunks = []

@@ -203,17 +203,17 @@ def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
         total += tl.load(norms + i + columns, mask, other=0.0)
         kept += tl.load(norms + num_groups + i + columns, mask, other=0.0)
         i += BLOCK
-    total = tl.sum(total, 0)
+    # In float32, in which the caller sees the same sum.
+    total = tl.sum(total, 0).to(tl.float32)
     kept = tl.sum(kept, 0)
-    finite = tl.abs(total.to(tl.float32)) < float("inf")
+    finite = tl.abs(total) < float("inf")
     # A tensor in the interpreter too: the one of Triton 3.2 has no `|` of a bool and a tensor.
     max_norm = tl.full([], max_norm, tl.float32)
-    norm = tl.sqrt(tl.where(finite, kept, total))
+    norm = tl.sqrt(tl.where(finite, kept, total.to(tl.float64)))
     factor = max_norm / (norm + 1e-6)
     # A factor that is not a number stays, as in torch.
     factor = tl.where((max_norm < 0.0) | (factor > 1.0), 1.0, factor)
-    # Where it is not finite, a sum in float32 is its own root.
-    return factor.to(tl.float32), finite, tl.where(finite, norm.to(tl.float32), total.to(tl.float32))
+    return factor.to(tl.float32), finite, norm.to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["first", "last", "num_pieces", "num_groups"])

@@ -84,10 +84,10 @@ class TritonPlan(Plan):
         self._tile_piece = torch.arange(len(pieces), dtype=torch.int32).repeat_interleave(tiles).to(self.device)
         group_tiles = torch.zeros(num_groups, dtype=torch.int64).index_add_(0, groups, tiles)
         self._group_tiles = _starts(group_tiles).to(self.device)
-        self._partials = torch.empty(rank + 1, self._num_tiles, device=self.device)
+        self._partials = torch.empty(rank + 1, self._num_tiles, dtype=torch.float32, device=self.device)
         self._norms = torch.empty(2, num_groups, dtype=torch.float64, device=self.device)
-        self._delta = torch.empty(num_groups, rank, device=self.device)
-        self._one = torch.ones((), device=self.device)
+        self._delta = torch.empty(num_groups, rank, dtype=torch.float32, device=self.device)
+        self._one = torch.ones((), dtype=torch.float32, device=self.device)
 
         self._programs = blocks.programs * _processors(self.device)
         padded = triton.next_power_of_2(rank)
@@ -137,7 +137,7 @@ class TritonPlan(Plan):
 
             c, sq = self._reduce(_launch, inverse_gram.contiguous())
             # Without tiles there is no program to write it.
-            norm = (torch.empty if self._num_tiles else torch.zeros)((), device=self.device)
+            norm = (torch.empty_like if self._num_tiles else torch.zeros_like)(self._one)
             for bucket in self._source.load():
                 self._apply(_launch, *self._spans[bucket], self._delta, norm=norm, max_norm=max_norm)
 
@@ -207,8 +207,8 @@ class TritonPlan(Plan):
         )
 
     def _reduce(self, start: Start, inverse_gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        c = torch.empty(self.num_groups, self.rank, device=self.device)
-        sq = torch.empty(self.num_groups, device=self.device)
+        c = torch.empty_like(self._delta)
+        sq = self._delta.new_empty(self.num_groups)
         start(
             reduce_kernel,
             self.num_groups,

@@ -56,6 +56,35 @@ def test_non_finite_follows_the_stock_rule(implementation, value):
 
 
 @each_implementation
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+def test_a_squared_norm_beyond_float32_follows_the_stock_rule(implementation):
+    """Its tiles are finite, and so is its sum in float64."""
+    kernel, device = implementation
+    case = Case([600], [0], 2, device=device)
+    case.gradients[0][[3, 590]] = 1.5e19
+    before = case.copies()
+    _, _, norm = case.plan(kernel).orthogonal_(case.gradients, case.inverse_gram(), 1.0)
+    assert norm.item() == float("inf")
+    for g, e in zip(case.gradients, _stock_clip(before, 1.0), strict=True):
+        torch.testing.assert_close(g, e, rtol=0, atol=0)
+
+
+@each_implementation
+def test_the_default_dtype_does_not_matter(implementation):
+    kernel, device = implementation
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case([600, 50], [0, 1], 2, device=device)
+        torch.set_default_dtype(dtype)
+        try:
+            figures = case.plan(kernel).orthogonal_(case.gradients, case.inverse_gram(), 1.0)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append([*figures, *case.gradients])
+    assert_same_bits(*results)
+
+
+@each_implementation
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_zero_delta_leaves_every_bit(implementation, scale):
     kernel, device = implementation

@@ -58,7 +58,8 @@ def test_streamed_numbers(way, bucket_bytes):
         expected_c, expected_sq, size = case.coefficients()
         assert ((c.double().cpu() - expected_c).abs() <= 1e-6 * size).all()
         torch.testing.assert_close(sq.double().cpu(), expected_sq, rtol=1e-6, atol=0)
-    plan.orthogonal_(case.gradients, case.inverse_gram(), 1.0)
+    _, _, norm = plan.orthogonal_(case.gradients, case.inverse_gram(), 1.0)
+    assert norm.item() == pytest.approx(case.projected_norm(), rel=1e-5)
     assert_close(case.gradients, case.projected(1.0), case.before, kernel, slack=2e-6)
 
 
