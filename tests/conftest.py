@@ -71,6 +71,18 @@ def make_model_dir(path, words=WORDS, tie=True, family="qwen2", **config):
     return str(path)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def torch_extensions(tmp_path_factory):
+    """Let DeepSpeed compile into a folder of this session's own.
+
+    The shared one in the user's cache is locked by a file, which a killed run leaves behind: all later runs wait for
+    it, without end and without a word.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("torch_extensions")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     return make_model_dir(tmp_path_factory.mktemp("model"))
