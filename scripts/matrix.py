@@ -63,7 +63,7 @@ def try_environment(environment: Environment, folder: Path) -> str:
     python = shutil.which(f"python{environment.python}")
     subprocess.run([python, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
-    packages = ["pytest", "hypothesis", "scipy", "-e", str(ROOT)]
+    packages = ["pytest", "pytest-timeout", "hypothesis", "scipy", "-e", str(ROOT)]
     installed = subprocess.run([*pip, *environment.requirements, *packages], capture_output=True, text=True)
     if installed.returncode != 0:
         return f"cannot be installed: {last_line(installed.stdout, installed.stderr, installed.returncode)}"
