@@ -343,6 +343,9 @@ def main():
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/projection"))
     options = parser.parse_args()
+    for name in ("scale", "micro_batches", "repeats"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be more than 0")
 
     torch.manual_seed(0)
     on_gpu = options.device.type == "cuda"

@@ -62,6 +62,14 @@ def test_runs_from_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
     assert str(tmp_path / "out.png") in out
 
 
+@pytest.mark.parametrize("option", ["--scale", "--micro-batches", "--repeats"])
+def test_a_size_of_zero_is_told(benchmark, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["projection.py", option, "0"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert f"{option} is 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("models", [1, 2, 3])
 def test_nothing_of_the_picture_is_cut_off(benchmark, models, monkeypatch, tmp_path):
     def save(figure, path, **_):
