@@ -58,9 +58,16 @@ def last_line(other: str, text: str, status: int) -> str:
     return lines[-1] if lines else f"nothing was printed, exit status {status}"
 
 
-def try_environment(environment: Environment, folder: Path) -> str:
-    """Build an environment and run the tests in it; return the result in words."""
-    python = shutil.which(f"python{environment.python}")
+def find_python(version: str) -> str | None:
+    """Return the path of `python<version>`, or None where it is missing or, as a version manager's shim, does not run."""
+    python = shutil.which(f"python{version}")
+    if python is None or subprocess.run([python, "--version"], capture_output=True).returncode != 0:
+        return None
+    return python
+
+
+def try_environment(environment: Environment, python: str, folder: Path) -> str:
+    """Build an environment with an interpreter and run the tests in it; return the result in words."""
     subprocess.run([python, "-m", "venv", folder], check=True)
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
     packages = ["pytest", "pytest-timeout", "hypothesis", "scipy", "-e", str(ROOT)]
@@ -118,12 +125,13 @@ def main() -> None:
     for environment in ENVIRONMENTS:
         if environment.name not in options.only:
             continue
-        if shutil.which(f"python{environment.python}") is None:
+        python = find_python(environment.python)
+        if python is None:
             print(f"{environment.name}: python{environment.python} is not here", flush=True)
             continue
         folder = Path(tempfile.mkdtemp(prefix="ogpsa-matrix-"))
         try:
-            results[environment.name] = try_environment(environment, folder)
+            results[environment.name] = try_environment(environment, python, folder)
         finally:
             if not options.keep:
                 shutil.rmtree(folder)

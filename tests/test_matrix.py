@@ -1,4 +1,4 @@
-"""What scripts/matrix.py says of an environment in which nothing works."""
+"""What scripts/matrix.py says of an environment in which nothing works, and which Pythons it takes."""
 
 import sys
 from pathlib import Path
@@ -29,4 +29,14 @@ def test_a_step_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch, print
 
     monkeypatch.setattr(matrix.subprocess, "run", run)
     what = {"pip": "cannot be installed", "pytest": "the tests do not start"}[failing]
-    assert matrix.try_environment(matrix.ENVIRONMENTS[0], tmp_path) == f"{what}: {told[failing]}"
+    assert matrix.try_environment(matrix.ENVIRONMENTS[0], sys.executable, tmp_path) == f"{what}: {told[failing]}"
+
+
+@pytest.mark.parametrize("status", [0, 127])
+def test_a_python_that_does_not_run_is_not_there(tmp_path, monkeypatch, status):
+    shim = tmp_path / "python3.99"
+    shim.write_text(f"#!/bin/sh\nexit {status}\n")
+    shim.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert matrix.find_python("3.99") == (str(shim) if status == 0 else None)
+    assert matrix.find_python("3.98") is None
