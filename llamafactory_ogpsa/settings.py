@@ -1,19 +1,6 @@
-"""What a run was asked for, and what follows from it for the machine it runs on."""
+"""What a run was asked for."""
 
-import logging
 from dataclasses import dataclass
-
-import torch
-
-from .engines import Engine, sum_numbers
-from .kernels import triton_obstacle
-
-
-logger = logging.getLogger("llamafactory.ogpsa")
-
-# On an accelerator, `ogpsa_basis_device: auto` keeps the basis there while it takes at most this share of what is free
-# before training: optimizer state and activations are still to come.
-_BASIS_SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -32,41 +19,3 @@ class Settings:
     kernel: str
     save_state: bool
     plot: bool
-
-
-def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: int) -> torch.device:
-    """Decide where the basis lives: with the gradients, or in host memory where it would not leave room to train."""
-    if choice == "cpu" or gradient_device.type == "cpu":
-        return torch.device("cpu")
-
-    if choice == "auto" and gradient_device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(gradient_device)
-        if num_bytes > _BASIS_SHARE * free:
-            logger.warning(
-                f"OGPSA keeps its basis ({num_bytes / 2**30:.2f} GiB) in host memory: "
-                f"only {free / 2**30:.2f} GiB are free on {gradient_device}."
-            )
-            return torch.device("cpu")
-    return gradient_device
-
-
-def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torch.device, str]:
-    """Let all processes take the same basis device and kernel; every process calls it.
-
-    Sums in another order differ in their last bits, and replicas that differ drift apart: what one process cannot do,
-    none does.
-
-    Args:
-        engine: where the gradients live.
-        basis_device: what `choose_basis_device` gave in this process.
-        kernel: `auto`, `triton` or `torch`.
-
-    Returns:
-        the device and the kernel.
-    """
-    here = kernel == "auto" and triton_obstacle(engine.device.type, interpret=False) is not None
-    hosted, obstructed = sum_numbers(engine, [float(basis_device.type == "cpu"), float(here)])
-    if obstructed and not here:
-        logger.warning("OGPSA projects gradients by torch: Triton cannot run in every process.")
-        kernel = "torch"
-    return torch.device("cpu") if hosted else basis_device, kernel
