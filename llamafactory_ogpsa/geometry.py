@@ -14,7 +14,7 @@ import torch
 from .engines.processes import ALONE, Processes
 
 
-SCOPES = ("parameter", "global")
+SCOPES = ("parameter", "global", "inputs")
 
 # Elements that are converted to float64 at a time.
 _CHUNK = 1 << 22

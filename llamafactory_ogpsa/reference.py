@@ -107,6 +107,39 @@ class ReferencePasses:
             for part in split_parts(chosen, self.parts)
         )
 
+    def run_forward(self, begin_batch: Callable[[dict[str, Any], int], None], end_batch: Callable[[], None]):
+        """Run the forward passes of all sets, without gradients.
+
+        Args:
+            begin_batch: called before each with the batch and the number of its samples that count.
+            end_batch: called after each.
+
+        Returns:
+            the mean loss by the name of the set, over the batches whose loss is finite.
+
+        Raises:
+            FloatingPointError: no batch of a set has a finite loss; names the set.
+        """
+        losses = {}
+        for reference, chosen in zip(self.sets, self.indices, strict=True):
+            numbers = [0.0, 0.0]
+            for indices, count in split_batches(chosen, self.batch_size, self.engine):
+                samples = reference.read(indices)
+                weight = reference.loss.weigh(samples)
+                batch = reference.collate(samples)
+                begin_batch(batch, count)
+                with torch.no_grad():
+                    loss = reference.loss(batch, weight, weight).item()
+                end_batch()
+                self.on_batch()
+                if count > 0 and math.isfinite(loss):
+                    numbers = [numbers[0] + weight * loss, numbers[1] + weight]
+            total, weights = self.engine.processes.totals(numbers)
+            if not weights:
+                raise FloatingPointError(f"the reference set {reference.name} has no batch with a finite loss")
+            losses[reference.name] = total / weights
+        return losses
+
     def gradients_into(self, rows: Sequence[torch.Tensor]) -> dict[str, float]:
         """Compute the reference gradients of all sets; the engine's gradients are cleared after it.
 

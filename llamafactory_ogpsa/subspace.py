@@ -1,15 +1,17 @@
 """A subspace that is projected out of gradients: what a run keeps, and the Python interface."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from numbers import Integral
 from typing import Any, Literal
 
 import torch
 
+from .checks import check_references, order_gradients
 from .engines.processes import ALONE, Processes
 from .geometry import SCOPES, Geometry, assign_groups, orthonormalise_, products_with
+from .inputs import MOST_DIRECTIONS, InputSubspace
 from .kernels import MAX_RANK, Plan, make_plan
 from .kernels.plan import GRADIENT_DTYPES
 from .projection import METHODS, Projection, ProjectionStats, make_projection
@@ -59,6 +61,11 @@ class Subspace:
         return {**self.__dict__, "_plans": {}, "_projections": {}}
 
     @property
+    def sharded(self) -> bool:
+        """True where this process has a piece of the basis."""
+        return self.processes.sharded
+
+    @property
     def rank(self) -> int:
         """The largest number of directions of any group."""
         return max(self.geometry.ranks)
@@ -68,9 +75,9 @@ class Subspace:
     def from_gradients(
         cls,
         gradients: Sequence[dict[str, torch.Tensor]],
-        scope: Literal["parameter", "global"] = "parameter",
+        scope: Literal["parameter", "global", "inputs"] = "parameter",
         rank: int | None = None,
-    ) -> "Subspace":
+    ) -> "Subspace | InputSubspace":
         """Build the subspace spanned by reference gradients. The gradients are copied, not kept.
 
         Each reference gradient needs tensors of its own: after `zero_grad(set_to_none=False)` the next backward pass
@@ -79,11 +86,15 @@ class Subspace:
         Args:
             gradients: one dict a reference gradient, tensors by parameter name, all with the same names and shapes.
                 A tensor may be None where the reference loss does not touch the parameter. Any real floating dtype.
-            scope: `parameter`: one basis a tensor (the paper's experiments); `global`: one for all (its theorem).
-            rank: most directions kept, 1 to 32; None keeps one for each reference gradient.
+            scope: `parameter`: one basis a tensor (the paper's experiments); `global`: one for all (its theorem);
+                `inputs`: for each matrix `[out, in]` the leading directions of the inputs that the reference gradients
+                name, their right singular vectors: see `inputs.py`.
+            rank: most directions kept, 1 to 32; None keeps one for each reference gradient. With scope `inputs` most
+                directions of a matrix, 1 to 4096; None: 96.
 
         Returns:
-            the subspace, on the gradients' device, a tensor's basis in bfloat16 where its gradients are, else float32.
+            the subspace, on the gradients' device, a tensor's basis in bfloat16 where its gradients are, else float32;
+            with scope `inputs` an `InputSubspace`, which projects in the same way.
 
         Raises:
             ValueError: no gradient, different names or shapes, an unknown scope, a rank or a number of independent
@@ -92,30 +103,16 @@ class Subspace:
                 is no integer.
             FloatingPointError: a reference gradient is not finite; names it.
         """
-        if isinstance(gradients, Mapping) or not isinstance(gradients, Sequence):
-            raise TypeError(
-                "`gradients` must be a list of dicts of tensors, one dict a reference gradient, "
-                f"not {type(gradients).__name__}"
-            )
-        for index, gradient in enumerate(gradients):
-            _check_tensors(f"`gradients[{index}]`", gradient)
-        if not gradients or not gradients[0]:
-            raise ValueError("`gradients` must hold at least one dict of tensors")
+        names = check_references(gradients)
         if scope not in SCOPES:
             raise ValueError(f"`scope` is {scope!r}; allowed: {', '.join(SCOPES)}")
+        most = MOST_DIRECTIONS if scope == "inputs" else MAX_RANK
         if rank is not None and not isinstance(rank, Integral):
-            raise TypeError(f"`rank` is {rank!r}; allowed: an integer from 1 to {MAX_RANK}, or None")
-        if rank is not None and not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"`rank` is {rank}; allowed: an integer from 1 to {MAX_RANK}, or None")
-
-        names = list(gradients[0])
-        for index, other in enumerate(gradients):
-            if list(other) != names:
-                differing = [name for name in [*names, *other] if (name in names) != (name in other)]
-                raise ValueError(
-                    "`gradients` must all have the same names in the same order; those of `gradients[0]` and "
-                    f"`gradients[{index}]` differ in {_some(differing) if differing else 'their order'}"
-                )
+            raise TypeError(f"`rank` is {rank!r}; allowed: an integer from 1 to {most}, or None")
+        if rank is not None and not 1 <= rank <= most:
+            raise ValueError(f"`rank` is {rank}; allowed: an integer from 1 to {most}, or None")
+        if scope == "inputs":
+            return InputSubspace.from_gradients(gradients, rank)
 
         rows, kept_names = [], []
         for name in names:
@@ -123,9 +120,6 @@ class Subspace:
             present = [tensor for tensor in tensors if tensor is not None]
             if not present:
                 continue
-            if any(tensor.shape != present[0].shape for tensor in present):
-                shapes = ", ".join(sorted({str(list(tensor.shape)) for tensor in present}))
-                raise ValueError(f"`gradients` have different shapes for {name}: {shapes}")
             dtype = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in present) else torch.float32
             row = torch.zeros(len(tensors), present[0].numel(), dtype=dtype, device=present[0].device)
             for index, tensor in enumerate(tensors):
@@ -133,9 +127,6 @@ class Subspace:
                     row[index].view(tensor.shape).copy_(tensor)
             rows.append(row)
             kept_names.append(name)
-        if not rows:
-            raise ValueError("`gradients` hold no tensor at all")
-
         groups, num_groups = assign_groups(len(rows), scope)
         try:
             basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
@@ -287,27 +278,8 @@ class Subspace:
                 number of elements than its reference, `conflict` where `rank` was below the number of reference gradients.
             TypeError: no dict, or a tensor of another dtype or a sparse one.
         """
-        _check_mapping("`gradients`", gradients)
-        known = {name: gradients[name] for name in self.names if name in gradients}
-        if not known:
-            # A wrapper's prefix on every name would otherwise switch the projection off without a word.
-            raise ValueError(
-                f"`gradients` has none of the subspace's names: {_some(self.names)}; it has {_some(gradients)}"
-            )
-        _check_tensors("`gradients`", known, GRADIENT_DTYPES)
-        ordered = [gradients.get(name) for name in self.names]
-        for name, gradient, basis in zip(self.names, ordered, self.basis, strict=True):
-            if gradient is not None and gradient.numel() != basis.shape[1]:
-                raise ValueError(
-                    f"the gradient of {name} has {gradient.numel()} elements, its reference gradient {basis.shape[1]}"
-                )
-        missing = [name for name in self.names if name not in gradients]
-        if missing:
-            # A tensor that goes by another name would stay as it is, and no figure would show it.
-            raise ValueError(
-                f"`gradients` lacks {_some(missing)}; allowed: every name of the subspace, with None where a parameter "
-                "has no gradient"
-            )
+        sizes = [basis.shape[1] for basis in self.basis]
+        ordered = order_gradients(gradients, self.names, sizes, GRADIENT_DTYPES)
         return self.projection(method, kernel)(ordered, measure=True)
 
 
@@ -315,30 +287,3 @@ def read_geometry(read: Read) -> Geometry:
     """Read the geometry that `Subspace.tensors` has, onto the CPU."""
     *numbers, ranks = [read(f"geometry.{field.name}") for field in fields(Geometry)]
     return Geometry(*numbers, tuple(ranks.tolist()))
-
-
-def _check_mapping(what: str, gradients: Any) -> None:
-    """Raise a TypeError unless this is a dict."""
-    if not isinstance(gradients, Mapping):
-        raise TypeError(f"{what} must be a dict of tensors by parameter name, not {type(gradients).__name__}")
-
-
-def _check_tensors(what: str, gradients: Any, dtypes: Sequence[torch.dtype] | None = None) -> None:
-    """Raise a TypeError unless this is a dict of dense tensors, or Nones, of these dtypes (None: any floating one)."""
-    _check_mapping(what, gradients)
-    allowed = "a real floating dtype" if dtypes is None else "float32, bfloat16 or float16"
-    for name, tensor in gradients.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{what} has {type(tensor).__name__} for {name}; allowed: a tensor or None")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{what} has a tensor of layout {tensor.layout} for {name}; allowed: a dense one")
-        if not tensor.dtype.is_floating_point if dtypes is None else tensor.dtype not in dtypes:
-            raise TypeError(f"{what} has {tensor.dtype} for {name}; allowed: {allowed}")
-
-
-def _some(names: Iterable[str]) -> str:
-    """List names, the first three if there are more."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") if names else "none"

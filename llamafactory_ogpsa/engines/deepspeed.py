@@ -71,12 +71,14 @@ class Place(NamedTuple):
         index: the position of the parameter among those of the group that have a piece here.
         start: the first element of the piece in the group's flat gradient.
         size: its number of elements.
+        offset: its first element in the flattened parameter.
     """
 
     group: int
     index: int
     start: int
     size: int
+    offset: int
 
 
 def find_problems() -> list[str]:
@@ -136,8 +138,8 @@ class ZeroEngine(ABC):
         self._zero = engine.optimizer
         trainable = trainable_parameters(model)
         self.names = [name for name, _ in trainable]
-        self._parameters = [param for _, param in trainable]
-        self.num_parameters = sum(getattr(param, "ds_numel", param.numel()) for param in self._parameters)
+        self.parameters = [param for _, param in trainable]
+        self.num_parameters = sum(getattr(param, "ds_numel", param.numel()) for param in self.parameters)
         self._compute_device = torch.device(engine.device)
         self._offload = self._offloads()
         self.device = torch.device("cpu") if self._offload else self._compute_device
@@ -145,11 +147,12 @@ class ZeroEngine(ABC):
         self.processes = Processes(dist.get_rank(group), dist.get_world_size(group), self._compute_device, group)
         self._places = self._find_places()
         self.sizes = [0 if place is None else place.size for place in self._places]
+        self.offsets = [0 if place is None else place.offset for place in self._places]
 
     @property
     def dtypes(self) -> list[torch.dtype]:
         kept = self._buffers()[0].dtype if self._offload else self._zero.gradient_accumulation_dtype
-        return [kept] * len(self._parameters)
+        return [kept] * len(self.parameters)
 
     @property
     def loss_scale(self) -> float:
@@ -212,7 +215,7 @@ class ZeroEngine(ABC):
             reached = self._zero.norm_for_param_grads
             return [
                 piece if self._zero.get_param_id(param) in reached else None
-                for param, piece in zip(self._parameters, self._offloaded(), strict=True)
+                for param, piece in zip(self.parameters, self._offloaded(), strict=True)
             ]
 
         pieces = self._pieces()
@@ -243,7 +246,7 @@ class ZeroEngine(ABC):
         # On the device the partitions hold something for every parameter, which is what DeepSpeed steps by.
         if self._offload:
             norms = self._zero.norm_for_param_grads
-            for param, piece in zip(self._parameters, self._offloaded(), strict=True):
+            for param, piece in zip(self.parameters, self._offloaded(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key not in norms and piece is not None:
                     norms[key] = torch.linalg.vector_norm(piece.zero_())
@@ -252,7 +255,7 @@ class ZeroEngine(ABC):
         # With offload the norms were taken when the gradients were copied, before the projection.
         if self._offload:
             norms = self._zero.norm_for_param_grads
-            for param, gradient in zip(self._parameters, self.gradients(), strict=True):
+            for param, gradient in zip(self.parameters, self.gradients(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key in norms and gradient is not None:
                     norms[key] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
@@ -274,10 +277,10 @@ class Zero12Engine(ZeroEngine):
                 key = zero.get_param_id(param)
                 start, skipped = int(offsets[rank][key]), int(starts[rank][key])
                 size = min(param.numel() - skipped, int(zero.partition_size[group]) - start)
-                places[id(param)] = Place(group, index, start, size)
+                places[id(param)] = Place(group, index, start, size, skipped)
         optimized = {id(param) for group in zero.bit16_groups for param in group}
-        _require(optimized, self.names, self._parameters)
-        return [places.get(id(param)) for param in self._parameters]
+        _require(optimized, self.names, self.parameters)
+        return [places.get(id(param)) for param in self.parameters]
 
     def _buffers(self) -> list[torch.Tensor]:
         return [partition.grad.view(-1) for partition in self._partitions()]
@@ -316,14 +319,14 @@ class Zero3Engine(ZeroEngine):
     def _find_places(self) -> list[Place | None]:
         zero = self._zero
         indices = {id(param): index for params in zero.fp16_groups for index, param in enumerate(params)}
-        _require(indices, self.names, self._parameters)
+        _require(indices, self.names, self.parameters)
         places = []
-        for param in self._parameters:
+        for param in self.parameters:
             group, start, part = zero.grad_position[zero.get_param_id(param)]
             size = max(
                 0, min(part, param.ds_numel - self.processes.rank * part)
             )  # the rest of the last parts is padding
-            places.append(Place(group, indices[id(param)], start, size))
+            places.append(Place(group, indices[id(param)], start, size, self.processes.rank * part))
         return places
 
     def _buffers(self) -> list[torch.Tensor]:

@@ -39,7 +39,9 @@ class Engine(Protocol):
 
     Attributes:
         names: the names of the trainable parameters; tied parameters appear once.
+        parameters: the parameters.
         sizes: the number of elements of each gradient (of its local piece), which may be 0.
+        offsets: the first element of each piece in the flattened parameter.
         dtypes: the dtype of each gradient.
         num_parameters: the number of trainable parameters of the model.
         device: where the gradients are.
@@ -47,7 +49,9 @@ class Engine(Protocol):
     """
 
     names: list[str]
+    parameters: list[torch.nn.Parameter]
     sizes: list[int]
+    offsets: list[int]
     dtypes: list[torch.dtype]
     num_parameters: int
     device: torch.device

@@ -37,6 +37,15 @@ class Processes:
         dist.all_reduce(total)
         return total.tolist()
 
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes, the same bits in each."""
+        if self.size == 1:
+            return tensor
+
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
     def sum_pieces(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum a small tensor over the pieces of the gradients: one collective, the same bits in each process."""
         if not self.sharded:

@@ -41,9 +41,10 @@ class ReplicatedEngine:
                     f"{name} on {param.device}; allowed: all trainable parameters on one device in each process."
                 )
         self.names = [name for name, _ in trainable]
-        self._parameters = [param for _, param in trainable]
-        self.sizes = [param.numel() for param in self._parameters]
-        self.dtypes = [param.dtype for param in self._parameters]
+        self.parameters = [param for _, param in trainable]
+        self.sizes = [param.numel() for param in self.parameters]
+        self.offsets = [0] * len(self.sizes)
+        self.dtypes = [param.dtype for param in self.parameters]
         self.num_parameters = sum(self.sizes)
         self._scaler = scaler
         wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
@@ -54,17 +55,17 @@ class ReplicatedEngine:
 
     @property
     def device(self) -> torch.device:
-        return self._parameters[0].device
+        return self.parameters[0].device
 
     @property
     def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.get_scale()
 
     def gradients(self) -> list[torch.Tensor | None]:
-        return [param.grad for param in self._parameters]
+        return [param.grad for param in self.parameters]
 
     def clear(self) -> None:
-        for param in self._parameters:
+        for param in self.parameters:
             param.grad = None
 
     def reference_pass(self) -> AbstractContextManager:
@@ -79,11 +80,11 @@ class ReplicatedEngine:
             return
 
         self.fill()
-        for work in [dist.all_reduce(param.grad, async_op=True) for param in self._parameters]:
+        for work in [dist.all_reduce(param.grad, async_op=True) for param in self.parameters]:
             work.wait()
 
     def fill(self) -> None:
-        for param in self._parameters:
+        for param in self.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
 
@@ -91,4 +92,4 @@ class ReplicatedEngine:
         pass
 
     def weights(self) -> list[Weight | None]:
-        return [Weight(param, 0, param.numel()) for param in self._parameters]
+        return [Weight(param, 0, param.numel()) for param in self.parameters]

@@ -103,7 +103,7 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
         engine: the run's.
         writes: whether this process writes what all processes have.
     """
-    pieces, piece = _pieces(engine, subspace is not None and subspace.processes.sharded)
+    pieces, piece = _pieces(engine, subspace is not None and subspace.sharded)
     if writes:
         remove_state(folder)
     if subspace is not None and pieces > 1:

@@ -90,7 +90,7 @@ def introduce(
     sets: Sequence[ReferenceSet],
     host: "Host",
     maker: "GradientBasis",
-    zero_weights: bool,
+    repeated: bool,
 ) -> None:
     """Log in one line what is on and what it will cost, and warn of what is probably not meant.
 
@@ -100,11 +100,11 @@ def introduce(
         sets: the reference sets.
         host: who trains.
         maker: what makes the basis.
-        zero_weights: some trainable tensor is zero, so that a refresh will be repeated.
+        repeated: a refresh will be repeated, because LoRA starts at zero.
     """
     engine, steps = host.engine, host.max_steps
     counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in sets]
-    refreshes = count_refreshes(steps, settings.update_interval, zero_weights and maker.repeats)
+    refreshes = count_refreshes(steps, settings.update_interval, repeated)
     cost = refreshes * sum(counts) / (steps * host.samples_per_step) if steps > 0 else 0.0
     each = " in each process" if engine.processes.size > 1 else ""
     described = ", ".join(f"{ref.name} ({count} samples)" for ref, count in zip(sets, counts, strict=True))

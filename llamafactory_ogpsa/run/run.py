@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ..engines import Engine
+from ..inputs import InputStats, InputSubspace
 from ..noise import check_repeatable, preserve_random_state, without_noise
 from ..projection import ProjectionStats
 from ..reference import ReferencePasses, ReferenceSet, take_in_turn
@@ -22,6 +23,7 @@ from .coverage import Coverage, find_coverage, measure_uncovered
 from .log import LOG_NAME, PLOT_NAME, StepLog, append_row, begin_log, introduce
 from .plot import plot_log
 from .refresh import GradientBasis
+from .refresh_inputs import InputBasis
 from .schedule import Schedule
 from .update import make_change_reader, update_figures
 
@@ -87,21 +89,24 @@ class OgpsaRun:
             ValueError: the checkpoint's state is damaged or belongs to another run.
         """
         self.host, self.engine = host, host.engine
-        self.schedule = Schedule(self.settings.update_interval)
-        self.subspace: Subspace | None = None
+        self.subspace: Subspace | InputSubspace | None = None
         self.coverage: Coverage | None = None
         self.reference_losses: dict[str, float] = {}
         self._noise_checked = False
-        self._stats: ProjectionStats | None = None
+        self._stats: ProjectionStats | InputStats | None = None
         self._uncovered: torch.Tensor | None = None
         self._read_changes: Any = None
         self._update: dict[str, Any] = {}
         self._non_finite: torch.Tensor | None = None
         self._step_log = StepLog(self.settings, self.names, logger if host.main else None)
-        self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
-        zero_weights = self._has_zero_weights()
+        if self.settings.scope == "inputs":
+            self._maker = InputBasis(self.settings, self.engine, host.model)
+        else:
+            self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
+        self.schedule = Schedule(self.settings.update_interval, searching=self._maker.repeats)
+        repeated = self._maker.repeats and self._starts_at_zero()
         if host.main:
-            introduce(logger, self.settings, self.sets, host, self._maker, zero_weights)
+            introduce(logger, self.settings, self.sets, host, self._maker, repeated)
         if checkpoint is not None:
             self._resume(step, checkpoint)
         if host.main:
@@ -190,7 +195,7 @@ class OgpsaRun:
 
     def project(
         self, max_norm: float | None, measure: bool, optimizer: torch.optim.Optimizer | None = None
-    ) -> ProjectionStats:
+    ) -> ProjectionStats | InputStats:
         """Project the accumulated gradient, in place, and clip it to `max_norm`; the figures are kept for the log.
 
         Args:
@@ -248,10 +253,11 @@ class OgpsaRun:
             append_row(self.log_path, row)
         return self._step_log.tracked(row, self.reference_losses)
 
-    def _has_zero_weights(self) -> bool:
-        """Return True where some trainable tensor is zero, as LoRA's `B` at the start; every process calls it."""
-        weights = [weight for weight in self.engine.weights() if weight is not None and weight.size > 0]
-        zero = sum(not bool(weight.part_of(weight.optimized).any()) for weight in weights)
+    def _starts_at_zero(self) -> bool:
+        """Return True where LoRA's `B` is zero, and with it the gradient of `A`; every process calls it."""
+        weights = zip(self.engine.names, self.engine.weights(), strict=True)
+        adapters = [weight for name, weight in weights if "lora_B" in name and weight is not None and weight.size > 0]
+        zero = sum(not bool(weight.part_of(weight.optimized).any()) for weight in adapters)
         return self.engine.processes.totals([float(zero)])[0] > 0
 
     def _made_by(self) -> dict[str, Any]:
