@@ -17,13 +17,7 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 
 
 def evaluate(
-    kind: str,
-    model: str,
-    adapter: str | None,
-    output: str,
-    tasks: str | None,
-    sources: dict[str, str | None],
-    extra: Sequence[str],
+    kind: str, model: str, adapter: str | None, output: str, tasks: str | None, sources: dict, extra: Sequence[str]
 ) -> int:
     """Run lm-evaluation-harness on a model and return its exit status.
 
@@ -33,7 +27,7 @@ def evaluate(
         adapter: path of a LoRA adapter on top of it.
         output: the folder of the results, one model's.
         tasks: names of the harness's tasks, separated by commas; None for those of `TASKS`.
-        sources: of the safety data, and the judge, by the name that the tasks know them by.
+        sources: of the safety data, and the judge, by the name that the tasks know them by; None where not given.
         extra: more words of the harness's command line.
 
     Raises:

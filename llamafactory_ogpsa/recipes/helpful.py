@@ -37,11 +37,7 @@ def make_binarized(row: dict[str, Any]) -> Sample | str:
 
 
 def entries_of(row: dict[str, Any], column: str, names: Iterable[str]) -> list[dict[str, Any]]:
-    """Return the entries of a column, each a record with the names given.
-
-    Raises:
-        RecipeError: the column holds something else.
-    """
+    """Return the entries of a column, each a record with the names given. Raises RecipeError where they are not."""
     entries = row[column] or []
     if not isinstance(entries, list):
         raise RecipeError(f"the column {column} has another schema: it holds no list.")
@@ -49,8 +45,6 @@ def entries_of(row: dict[str, Any], column: str, names: Iterable[str]) -> list[d
         found = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
         missing = [name for name in names if name not in found]
         if missing:
-            raise RecipeError(
-                f"the column {column} has another schema: [{', '.join(missing)}] are missing; "
-                f"found: [{', '.join(found)}]."
-            )
+            lacks = f"[{', '.join(missing)}] are missing; found: [{', '.join(found)}]"
+            raise RecipeError(f"the column {column} has another schema: {lacks}.")
     return entries

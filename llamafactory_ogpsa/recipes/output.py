@@ -55,11 +55,7 @@ def record_of(sample: Sample, kind: str, turns: bool) -> dict[str, Any]:
 
 
 def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """Add entries to those that are there, which stay as they are.
-
-    Raises:
-        RecipeError: there is another entry of such a name or for such a file, which would be overwritten.
-    """
+    """Add entries to those that are there. Raises RecipeError where another one of a name or file is among these."""
     files = {entry["file_name"] for entry in entries.values()}
     for name, entry in info.items():
         file = os.path.normpath(str(entry.get("file_name"))) if isinstance(entry, dict) else None
@@ -69,20 +65,16 @@ def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """Read dataset_info.json, which may be missing.
-
-    Raises:
-        RecipeError: it is not a JSON object.
-    """
+    """Read dataset_info.json, which may be missing. Raises RecipeError where it is not a JSON object."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(info, dict):
+            raise TypeError("it holds something else")
+        return info
     except FileNotFoundError:
         return {}
-    except ValueError as err:
-        raise RecipeError(f"{path} is not JSON ({err}); it was left as it is.") from err
-    if not isinstance(info, dict):
-        raise RecipeError(f"{path} is not a JSON object; it was left as it is.")
-    return info
+    except (ValueError, TypeError) as err:
+        raise RecipeError(f"{path} is not a JSON object ({err}); it was left as it is.") from err
 
 
 def replace_all(folder: Path, texts: dict[str, str]) -> None:

@@ -63,12 +63,7 @@ RECIPES = {
 
 
 def prepare(
-    name: str,
-    source: str | None,
-    output: str,
-    seed: int,
-    num_samples: int | None,
-    refusals: str | None = None,
+    name: str, source: str | None, output: str, seed: int, num_samples: int | None, refusals: str | None = None
 ) -> str:
     """Carry out a recipe.
 

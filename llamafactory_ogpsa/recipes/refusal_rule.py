@@ -2,8 +2,8 @@
 
 The rule is two published lists of phrases, whole and with nothing added:
 
-- `STARTS` must begin the answer: the string matching of XSTest (Röttger et al., arXiv 2308.01263). Those of its
-  strings that `PHRASES` has too are left out here.
+- `STARTS` must begin the answer: the string matching of XSTest (Röttger et al., arXiv 2308.01263), but for the
+  strings that `PHRASES` has too.
 - `PHRASES` must be in its first sentence: the substrings of Arditi et al. (arXiv 2406.11717), which extend those of
   JailbreakBench (arXiv 2404.01318).
 

@@ -41,12 +41,9 @@ def make_label(choice: str, seed: int) -> Label:
         if path.suffix == ".jsonl":
             records = map(json.loads, refusals)
             by_prompt = {prompt_key(record["prompt"]): clean(record["refusal"]) for record in records}
-    except OSError as err:
-        raise RecipeError(f"--refusals {path} cannot be read ({err.strerror}).") from err
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise RecipeError(
-            f"--refusals {path} is not UTF-8 text, or has a line that is not JSON with prompt and refusal ({err!r})."
-        ) from err
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        allowed = "UTF-8 text, or JSON lines with prompt and refusal where its name ends in .jsonl"
+        raise RecipeError(f"--refusals {path} cannot be used ({err!r}); allowed: {allowed}.") from err
 
     if by_prompt:
         return lambda prompt, topic, own: by_prompt.get(prompt_key(prompt)) or None

@@ -70,11 +70,7 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
 
 
 def choose(source: str, kind: str, found: Sequence[str], wanted: Sequence[str | None]) -> str:
-    """Return the first wanted name that is there, or the only one there is.
-
-    Raises:
-        RecipeError: several, and none of them wanted.
-    """
+    """Return the first wanted name that is there, or the only one there is; else raise RecipeError."""
     for name in wanted:
         if name in found:
             return name
@@ -86,11 +82,7 @@ def choose(source: str, kind: str, found: Sequence[str], wanted: Sequence[str | 
 
 
 def find_schema(dataset: "Dataset", source: str, *schemas: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the first schema whose columns are all there.
-
-    Raises:
-        RecipeError: none is; says which columns are missing from each, and which were found.
-    """
+    """Return the first schema whose columns are all there; else raise RecipeError with what is missing and found."""
     found = dataset.column_names
     missing = [[name for name in schema if name not in found] for schema in schemas]
     if [] in missing:

@@ -186,7 +186,7 @@ def test_other_entries_stay_as_they_are(raw, tmp_path):
         ('{"safety_sft": {"file_name": "safety_sft.json"}}', "has another entry safety_sft"),
         ('{"mine": {"file_name": "safety_dpo_heldout.json"}}', "has another entry mine"),
         ('{"mine": {"file_name": "./safety_sft.json"}}', "has another entry mine"),
-        ('{"mine": ', "is not JSON"),
+        ('{"mine": ', "is not a JSON object"),
         ("[1]", "is not a JSON object"),
     ],
 )
@@ -309,7 +309,7 @@ def test_real_transcripts_reach_llamafactory_turn_by_turn(recipe, tmp_path, caps
     (attributes,) = get_dataset_list([f"{recipe}_dpo"], str(tmp_path))
     convert = get_dataset_converter("alpaca", attributes, None)
     records = read(tmp_path, f"{recipe}_dpo")
-    assert len(records) > 1900
+    assert len(records) + len(read(tmp_path, f"{recipe}_dpo_heldout")) == 2253  # as docs/recipes.md says
     for record in records:
         read_back = convert(record)
         speakers = [f"{ {'user': 'Human', 'assistant': 'Assistant'}[turn['role']] }:" for turn in read_back["_prompt"]]

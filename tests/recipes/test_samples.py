@@ -141,17 +141,17 @@ def test_the_users_refusals_are_taken_by_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nowhere.txt", None, "cannot be read"),
-        ("latin.txt", "café".encode("latin-1"), "is not UTF-8 text"),
+        ("nowhere.txt", None, "cannot be used (FileNotFoundError("),
+        ("latin.txt", "café".encode("latin-1"), "cannot be used (UnicodeDecodeError("),
         ("empty.txt", b"\n\n", "no line without {topic}"),
         ("topics.txt", b"Not {topic}.\n", "no line without {topic}"),
         (
             "a.jsonl",
             b'{"prompt": "p", "refusal": "r"}\n{"prompt": "p"}\n',
-            "not JSON with prompt and refusal (KeyError('refusal'))",
+            "cannot be used (KeyError('refusal'))",
         ),
-        ("b.jsonl", b"[1]\n", "not JSON with prompt and refusal"),
-        ("c.jsonl", b'{"prompt": "p", \n', "not JSON with prompt and refusal (JSONDecodeError("),
+        ("b.jsonl", b"[1]\n", "cannot be used (TypeError("),
+        ("c.jsonl", b'{"prompt": "p", \n', "cannot be used (JSONDecodeError("),
     ],
 )
 def test_a_bad_file_of_refusals_is_refused_by_name(tmp_path, name, content, message):
