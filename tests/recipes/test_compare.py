@@ -37,8 +37,9 @@ def test_the_rule_knows_our_own_refusals():
         ("A title\n\nI can't help with that.", False),
         ("As\nan AI, I cannot.", True),
         ("While I understand, I am unable to say.", True),
-        ("No, that is illegal.", True),
-        ("There is no, I repeat, no reason.", False),
+        ("It's not ethical to do that.", True),
+        ("They say that it's not ethical.", False),
+        ("No, Rome is the capital of Italy.", False),
     ],
 )
 def test_the_rule_reads_the_first_sentence_alone(answer, refusal):
