@@ -56,6 +56,8 @@ def test_the_rule_agrees_with_people_on_xstest_as_the_docs_say():
     right = sum(refused for refused, label in rows if label == "2_full_refusal")
     assert (wrong, right) == (17, 211)  # of 230 and 211
     assert row == f"| {XSTEST.stem} | 96.1 % | {right} of 211 | {wrong} of 230 | 6 of 9 |"
+    # The authors' name of the file.
+    row = row.replace(XSTEST.stem, "xstest_v2_completions_gpt4")
     assert row in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 
