@@ -14,6 +14,7 @@ from raw_records import make_binarized, make_halueval, make_pku, make_ultrafeedb
 
 from llamafactory_ogpsa.cli import main
 from llamafactory_ogpsa.recipes.refusal_rule import is_refusal
+from llamafactory_ogpsa.recipes.refusals import TEMPLATE_FILE
 from llamafactory_ogpsa.recipes.samples import prompt_key
 
 
@@ -309,7 +310,9 @@ def test_real_transcripts_reach_llamafactory_turn_by_turn(recipe, tmp_path, caps
     (attributes,) = get_dataset_list([f"{recipe}_dpo"], str(tmp_path))
     convert = get_dataset_converter("alpaca", attributes, None)
     records = read(tmp_path, f"{recipe}_dpo")
-    assert len(records) + len(read(tmp_path, f"{recipe}_dpo_heldout")) == 2253  # as docs/recipes.md says
+    # The figures of docs/recipes.md.
+    samples = records + read(tmp_path, f"{recipe}_dpo_heldout")
+    assert (len(samples), sum(is_refusal(sample["chosen"]) for sample in samples)) == (2253, 188)
     for record in records:
         read_back = convert(record)
         speakers = [f"{ {'user': 'Human', 'assistant': 'Assistant'}[turn['role']] }:" for turn in read_back["_prompt"]]
@@ -415,8 +418,9 @@ def test_num_samples_must_be_positive(value, capsys):
     assert "--num-samples" in capsys.readouterr().err
 
 
-def test_the_console_script_is_the_command_line():
+def test_the_wheel_has_the_templates_and_the_console_script_is_the_command_line():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
+    assert TEMPLATE_FILE.name in config["options.package_data"]["llamafactory_ogpsa.recipes"].split()
     script = config["options.entry_points"]["console_scripts"].strip()
     assert script == f"llamafactory-ogpsa = {main.__module__}:{main.__name__}"
