@@ -1,5 +1,7 @@
 """Protection reaches the weights: every tensor that has a safety gradient has a direction, and the log says so."""
 
+import math
+
 import pytest
 import torch
 from conftest import OGPSA, read_rows, run_here
@@ -7,13 +9,21 @@ from conftest import OGPSA, read_rows, run_here
 from llamafactory_ogpsa.run import OgpsaRun
 
 
-LORA = {"finetuning_type": "lora", "lora_rank": 4, "warmup_ratio": 0.1, "max_steps": 6, "ogpsa_update_interval": 30}
-PAIRS = {"stage": "ogpsa_dpo", "dataset": "safety_pairs", "ogpsa_dataset": "helpful_pairs,truthful_pairs"}
+# Trained on one of the reference sets, so that much is to be removed wherever there is a direction.
+LORA = {
+    "finetuning_type": "lora",
+    "lora_rank": 4,
+    "warmup_ratio": 0.1,
+    "max_steps": 6,
+    "ogpsa_update_interval": 30,
+    "dataset": "helpful_again",
+}
+PAIRS = {"stage": "ogpsa_dpo", "dataset": "helpful_pairs", "ogpsa_dataset": "helpful_pairs,truthful_pairs"}
 
 
 @pytest.fixture
 def removed_by_tensor(monkeypatch):
-    """Record what each projection removes of each tensor: a dict by name for each step."""
+    """Record of each projection, by the tensor's name, the share that it removes and the norm that it removes it of."""
     steps, stock = [], OgpsaRun.project
 
     def project(self, max_norm, measure, optimizer=None):
@@ -21,7 +31,7 @@ def removed_by_tensor(monkeypatch):
         stats = stock(self, None, measure, optimizer)
         steps.append(
             {
-                name: ((old - new).norm() / old.norm()).item()
+                name: (((old - new).norm() / old.norm()).item(), old.norm().item())
                 for name, old, new in zip(self.engine.names, before, self.engine.gradients(), strict=True)
                 if old is not None and old.norm() > 0
             }
@@ -54,8 +64,9 @@ def test_every_lora_a_is_projected_from_the_first_step_that_can_be(
     assert len(protected) >= 3  # the first steps have no gradient of A, or are skipped
     for step in protected:
         assert len(step) == 14  # seven matrices in each of two layers
-        assert sum(step.values()) / len(step) > 0.3
-        assert min(step.values()) > 0.0
+        assert min(share for share, _ in step.values()) > 0.01
+        removed = math.hypot(*(share * norm for share, norm in step.values()))
+        assert removed / math.hypot(*(norm for _, norm in step.values())) > 0.3
     assert len(refreshes) == 2 - bool(refreshes[0]["covered_elements"] == 1)
     assert refreshes[-1]["covered_elements"] == 1
     assert all(row["uncovered"] == 0 for row in steps[2:])
