@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 from .engines import make_engine, sum_numbers
 from .interface import Subspace
+from .options import Settings
 from .projection import ProjectionStats
 from .reference import (
     ReferenceLoss,
@@ -29,7 +30,7 @@ from .reference import (
     without_noise,
 )
 from .report import LOG_NAME, PLOT_NAME, append_row, begin_log, plot_log
-from .settings import Settings, agree, choose_basis_device
+from .settings import agree, choose_basis_device
 from .state import RunState, fail_together, load_state, remove_state, save_state
 from .subspace import Geometry, assign_groups, orthonormalise_
 

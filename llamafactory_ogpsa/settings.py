@@ -1,7 +1,6 @@
-"""What a run was asked for, and what follows from it for the machine it runs on."""
+"""What follows from the options of a run for the machine it runs on."""
 
 import logging
-from dataclasses import dataclass
 
 import torch
 
@@ -14,24 +13,6 @@ logger = logging.getLogger("llamafactory.ogpsa")
 # On an accelerator, `ogpsa_basis_device: auto` keeps the basis there while it takes at most this share of what is free
 # before training: optimizer state and activations are still to come.
 _BASIS_SHARE = 0.4
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a run, with their defaults filled in; the names are those of the `ogpsa_` options."""
-
-    refresh_samples: int | None
-    update_interval: int
-    rank: int | None
-    scope: str
-    method: str
-    loss: str
-    batch_size: int | None
-    basis_device: str
-    basis_dtype: str
-    kernel: str
-    save_state: bool
-    plot: bool
 
 
 def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: int) -> torch.device:

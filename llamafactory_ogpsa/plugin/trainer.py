@@ -9,7 +9,7 @@ import torch
 
 from ..callback import OgpsaCallback
 from ..engines.deepspeed import before_step
-from ..settings import Settings
+from ..options import Settings
 from .datasets import count_tokens
 
 
@@ -36,7 +36,9 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
             collate, loss_of = self.data_collator, StageLoss(self, stage)
             if finetuning_args.ogpsa_loss == "sft" and stage != "sft":
                 collate, loss_of = sft_collator(self, loaded), SftLoss(self)
-            self.ogpsa = OgpsaCallback(self, settings_of(finetuning_args), loaded["sets"], collate, loss_of)
+            self.ogpsa = OgpsaCallback(
+                self, Settings.from_arguments(finetuning_args), loaded["sets"], collate, loss_of
+            )
             self.add_callback(self.ogpsa)
 
         def training_step(self, *args, **kwargs):
@@ -93,24 +95,6 @@ def project_and_clip(trainer: Any) -> None:
         return stats.norm_tensor
 
     trainer.accelerator.clip_grad_norm_ = hand_norm
-
-
-def settings_of(finetuning_args: Any) -> Settings:
-    """Collect the options of a run."""
-    return Settings(
-        refresh_samples=finetuning_args.ogpsa_refresh_samples,
-        update_interval=finetuning_args.ogpsa_update_interval,
-        rank=finetuning_args.ogpsa_rank,
-        scope=finetuning_args.ogpsa_scope,
-        method=finetuning_args.ogpsa_method,
-        loss=finetuning_args.ogpsa_loss,
-        batch_size=finetuning_args.ogpsa_batch_size,
-        basis_device=finetuning_args.ogpsa_basis_device,
-        basis_dtype=finetuning_args.ogpsa_basis_dtype,
-        kernel=finetuning_args.ogpsa_kernel,
-        save_state=finetuning_args.ogpsa_save_state,
-        plot=finetuning_args.plot_loss,
-    )
 
 
 def sft_collator(trainer: Any, loaded: dict[str, Any]) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import OGPSA, cli, load_weights, read_rows, run_cli, run_here
 
-from llamafactory_ogpsa.plugin.arguments import OPTIONS
+from llamafactory_ogpsa.options import OPTIONS
 from llamafactory_ogpsa.report import append_row, begin_log, plot_log, read_log
 
 
