@@ -20,10 +20,10 @@ _FINETUNING = {
     "apollo_layerwise": "layer-wise APOLLO steps inside the backward pass",
 }
 
-# Optimizers of a DeepSpeed configuration, in lower case. The 1-bit ones send compressed momenta in the place of
-# gradients. Muon turns the gradient into its update at the end of the backward pass: stages 1 and 2 without offload
-# in all versions, stage 3 in those before 0.19.8. Elsewhere it does so inside the step, which the rule would allow;
-# one answer for a configuration file is worth more than that.
+# Optimizers of a DeepSpeed configuration, in lower case. The 1-bit ones exchange compressed momenta in the place of
+# gradients. Muon turns the gradient into its update at the end of the backward pass: in DeepSpeed 0.19.6 and 0.19.8 in
+# stages 1 and 2 without offload, in 0.19.6 also in stage 3. Elsewhere it does so inside the step, which the rule would
+# allow; it is refused there too, so that the answer does not change with the version.
 _DEEPSPEED = ("muon", "onebitadam", "onebitlamb", "zerooneadam")
 
 
