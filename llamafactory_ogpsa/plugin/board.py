@@ -21,8 +21,9 @@ from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.locales import LOCALES as STOCK_LOCALES
 from llamafactory.webui.runner import Runner
 
-from .arguments import PREFIX, STAGES
-from .board_locales import LOCALES, add_locales, alert
+from ..options import PREFIX
+from .arguments import STAGES
+from .board_locales import LOCALES, add_locales
 from .board_plot import make_figure, show_figure, show_refresh
 from .board_tab import SUFFIX, connect, create_ogpsa_tab, find_error, is_ogpsa, options_of, stock_stage
 
@@ -46,9 +47,7 @@ _ELEMENTS = {
     "dataset_dir",
     "dataset",
     "packing",
-    "use_badam",
     "apollo_tab",
-    "ds_stage",
     "output_dir",
     "output_box",
     "progress_bar",
@@ -211,10 +210,7 @@ def hook_runner(runner: Runner) -> None:
         if error or not do_train or not asks_for_ogpsa(data):
             return error
 
-        if data[elem("train.ds_stage")] != "none":
-            return alert("err_ogpsa_deepspeed", data[elem("top.lang")])
-        values = [data[elem(f"train.{name}")] for name in ("training_stage", "dataset_dir", "use_badam")]
-        return find_error(panel_of(data), *values, data[elem("top.lang")])
+        return find_error(parse_train_args_with_ogpsa(data), data[elem("top.lang")])
 
     def parse_train_args_with_ogpsa(data):
         if not asks_for_ogpsa(data):

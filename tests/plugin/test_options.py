@@ -72,8 +72,8 @@ def test_the_settings_of_a_run_are_its_options(parser, base_args):
 
 def test_the_rank_of_scope_inputs_counts_directions_per_matrix():
     options = {**dict.fromkeys(OPTIONS), "ogpsa_dataset": "general", "ogpsa_scope": "inputs", "ogpsa_num_samples": 2}
-    for given, expected in [(None, INPUTS_RANK), (1, 1), (4096, 4096)]:
-        arguments = SimpleNamespace(**{**options, "ogpsa_rank": given}, stage="sft")
+    for rank, expected in [(None, INPUTS_RANK), (1, 1), (4096, 4096)]:
+        arguments = SimpleNamespace(**{**options, "ogpsa_rank": rank}, stage="sft")
         resolve(arguments)
         assert arguments.ogpsa_rank == expected
 

@@ -121,7 +121,14 @@ SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
         (SFT, {"ogpsa_update_interval": 0}, "Update interval must be a positive integer"),
         (SFT, {"ogpsa_rank": -1}, "OGPSA rank must be 0 or a positive integer"),
         (SFT, {"ogpsa_rank": 99}, "`ogpsa_rank` is 99; allowed: at most 32"),
+        (SFT, {"ogpsa_scope": "inputs", "ogpsa_rank": 99}, ""),
+        (SFT, {"ogpsa_scope": "inputs", "ogpsa_method": "conflict"}, "`ogpsa_method` is 'conflict'"),
         (SFT, {"use_badam": True}, "`use_badam` is True"),
+        (SFT, {"use_galore": True, "galore_layerwise": True}, "`galore_layerwise` is True"),
+        (SFT, {"optim": "lomo"}, "`optim` is 'lomo'"),
+        (SFT, {"deepspeed": "nowhere.json"}, "nowhere.json"),
+        (SFT, {"deepspeed": {"zero_optimization": {"stage": 0}}}, "`zero_optimization.stage` of `deepspeed` is 0"),
+        (SFT, {"deepspeed": {"zero_optimization": {"stage": 1}}}, ""),
         (SFT, {"dataset_dir": "nowhere"}, "`dataset_dir` is 'nowhere'"),
         (SFT, {"dataset_dir": "ONLINE", "ogpsa_dataset": ["any/thing"]}, ""),
         (DPO, {}, "with rankings; these have none: helpful, truthful"),
@@ -135,7 +142,10 @@ SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
 )
 def test_wrong_options_are_named(board, data_dir, stage, changes, message):
     panel = {key: changes.get(key, value) for key, value in PANEL.items()}
-    error = board.find_error(panel, stage, changes.get("dataset_dir", data_dir), changes.get("use_badam", False), "en")
+    others = {key: value for key, value in changes.items() if key not in PANEL}
+    stages = {SFT: "ogpsa_sft", DPO: "ogpsa_dpo", KTO: "ogpsa_kto", "Reward Modeling (OGPSA)": "ogpsa_rm"}
+    args = {"stage": stages[stage], "dataset_dir": data_dir, **others, **board.options_of(panel)}
+    error = board.find_error(args, "en")
     assert message in error
     assert bool(error) is bool(message)
 
@@ -143,7 +153,7 @@ def test_wrong_options_are_named(board, data_dir, stage, changes, message):
 def test_every_element_is_an_option_with_its_default(board):
     import gradio as gr
 
-    from llamafactory_ogpsa.plugin.arguments import OPTIONS
+    from llamafactory_ogpsa.options import OPTIONS
     from llamafactory_ogpsa.plugin.board_locales import LOCALES
 
     with gr.Blocks():
