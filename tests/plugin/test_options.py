@@ -70,6 +70,14 @@ def test_the_settings_of_a_run_are_its_options(parser, base_args):
     )
 
 
+@pytest.mark.parametrize("name", ["ogpsa_num_samples", "ogpsa_refresh_samples", "ogpsa_update_interval", "ogpsa_rank"])
+@pytest.mark.parametrize("word", ["many", "2.5", "0", "-1", "true", "1e-3"])
+def test_wrong_numbers_on_the_command_line_are_refused_by_name(parser, base_args, name, word):
+    args = {**base_args, "stage": "ogpsa_sft", "ogpsa_dataset": "helpful", name: word}
+    with pytest.raises(ValueError, match=f"`{name}` is '{word}'; allowed: a positive integer"):
+        parser.get_train_args([f"--{key}={value}" for key, value in args.items()])
+
+
 def test_the_rank_of_scope_inputs_counts_directions_per_matrix():
     options = {**dict.fromkeys(OPTIONS), "ogpsa_dataset": "general", "ogpsa_scope": "inputs", "ogpsa_num_samples": 2}
     for rank, expected in [(None, INPUTS_RANK), (1, 1), (4096, 4096)]:
