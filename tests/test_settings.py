@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llamafactory_ogpsa import settings
+from llamafactory_ogpsa.run import placement
 
 
 @pytest.mark.parametrize(
@@ -19,9 +19,9 @@ from llamafactory_ogpsa import settings
     ],
 )
 def test_what_one_process_cannot_do_none_does(monkeypatch, caplog, kernel, obstacle, hosted, obstructed, expected):
-    monkeypatch.setattr(settings, "triton_obstacle", lambda device_type, interpret: obstacle)
-    monkeypatch.setattr(settings, "sum_numbers", lambda engine, mine: [mine[0] + hosted, mine[1] + obstructed])
-    engine = SimpleNamespace(device=torch.device("meta"))
-    device, chosen = settings.agree(engine, torch.device("meta"), kernel)
+    monkeypatch.setattr(placement, "triton_obstacle", lambda device_type, interpret: obstacle)
+    processes = SimpleNamespace(totals=lambda mine: [mine[0] + hosted, mine[1] + obstructed])
+    engine = SimpleNamespace(device=torch.device("meta"), processes=processes)
+    device, chosen = placement.agree(engine, torch.device("meta"), kernel)
     assert (device.type, chosen) == expected
     assert ("cannot run in every process" in caplog.text) == (chosen == "torch")

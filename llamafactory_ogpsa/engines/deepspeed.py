@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 
-from .engine import trainable_parameters
-from .shards import Shards
+from .engine import Weight, trainable_parameters
+from .processes import Processes
 
 
 # Before it, ZeRO-2 with offload dropped all but the last of several backward passes, without a message.
@@ -141,9 +141,8 @@ class ZeroEngine(ABC):
         self._compute_device = torch.device(engine.device)
         self._offload = self._offloads()
         self.device = torch.device("cpu") if self._offload else self._compute_device
-        self.shards = Shards(self._zero.dp_process_group, self._compute_device)
-        self.rank = dist.get_rank(self._zero.dp_process_group)
-        self.world_size = dist.get_world_size(self._zero.dp_process_group)
+        group = self._zero.dp_process_group
+        self.processes = Processes(dist.get_rank(group), dist.get_world_size(group), self._compute_device, group)
         self._places = self._find_places()
         self.sizes = [0 if place is None else place.size for place in self._places]
 
@@ -169,7 +168,7 @@ class ZeroEngine(ABC):
         # `complete` has it copy what any has reached.
         self._engine.set_gradient_accumulation_boundary(last and not self._finalizes)
         # DeepSpeed multiplies by its own loss scale, and by 1 / gradient_accumulation_steps unless told not to.
-        self._engine.backward(loss * (scale * self.world_size / self.loss_scale), scale_wrt_gas=False)
+        self._engine.backward(loss * (scale * self.processes.size / self.loss_scale), scale_wrt_gas=False)
 
     def complete(self) -> None:
         if self._finalizes:
@@ -199,6 +198,10 @@ class ZeroEngine(ABC):
         """Return the flat gradients in host memory of an offloading optimizer, one a group."""
 
     @abstractmethod
+    def _partitions(self) -> list[torch.Tensor]:
+        """Return the flat float32 weights that the optimizer steps, one a group, laid out as `Place` says."""
+
+    @abstractmethod
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         """Return the gradients on the device, by group, in the order of `Place.index`; no group without gradients."""
 
@@ -222,6 +225,19 @@ class ZeroEngine(ABC):
         """Return this process's pieces of the gradients in host memory, whatever is in them."""
         buffers = self._buffers()
         return [None if at is None else buffers[at.group].narrow(0, at.start, at.size) for at in self._places]
+
+    def weights(self) -> list[Weight | None]:
+        partitions = self._partitions()
+        return [
+            None
+            if at is None
+            else Weight(partitions[at.group], at.start, at.size, self._parameter_groups().get(at.group, at.group))
+            for at in self._places
+        ]
+
+    def _parameter_groups(self) -> dict[int, int]:
+        """Return the optimizer's parameter group of each group, where they are not the same."""
+        return {}
 
     def fill(self) -> None:
         # On the device the partitions hold something for every parameter, which is what DeepSpeed steps by.
@@ -264,7 +280,10 @@ class Zero12Engine(ZeroEngine):
         return [places.get(id(param)) for param in self._parameters]
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [partition.grad.view(-1) for partition in self._zero.single_partition_of_fp32_groups]
+        return [partition.grad.view(-1) for partition in self._partitions()]
+
+    def _partitions(self) -> list[torch.Tensor]:
+        return self._zero.single_partition_of_fp32_groups
 
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         return {
@@ -301,12 +320,20 @@ class Zero3Engine(ZeroEngine):
         places = []
         for param in self._parameters:
             group, start, part = zero.grad_position[zero.get_param_id(param)]
-            size = max(0, min(part, param.ds_numel - self.rank * part))  # the rest of the last parts is padding
+            size = max(
+                0, min(part, param.ds_numel - self.processes.rank * part)
+            )  # the rest of the last parts is padding
             places.append(Place(group, indices[id(param)], start, size))
         return places
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [group.grad for group in self._zero.fp32_partitioned_groups_flat]
+        return [group.grad for group in self._partitions()]
+
+    def _partitions(self) -> list[torch.Tensor]:
+        return self._zero.fp32_partitioned_groups_flat
+
+    def _parameter_groups(self) -> dict[int, int]:
+        return self._zero.sub_group_to_group_id
 
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         return self._zero.averaged_gradients

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from .engine import trainable_parameters
-from .shards import Shards
+from .engine import Weight, trainable_parameters
+from .processes import Processes
 
 
 class FullyShardedEngine:
@@ -45,9 +45,7 @@ class FullyShardedEngine:
         self.dtypes = [param.dtype for param in self._parameters]
         self.num_parameters = sum(param.numel() for param in self._parameters)
         self._scaler = scaler
-        self.shards = Shards(group, device)
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.processes = Processes(dist.get_rank(), dist.get_world_size(), device, group)
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +66,7 @@ class FullyShardedEngine:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        (loss * (scale * self.world_size)).backward()
+        (loss * (scale * self.processes.size)).backward()
 
     def complete(self) -> None:
         pass
@@ -80,6 +78,9 @@ class FullyShardedEngine:
 
     def projected(self) -> None:
         pass
+
+    def weights(self) -> list[Weight | None]:
+        return [Weight(param, 0, size) for param, size in zip(self._parameters, self.sizes, strict=True)]
 
 
 def _shard_group(param: torch.nn.Parameter) -> dist.ProcessGroup | None:

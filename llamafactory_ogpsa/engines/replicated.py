@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .engine import trainable_parameters
+from .engine import Weight, trainable_parameters
+from .processes import Processes
 
 
 class ReplicatedEngine:
@@ -14,8 +15,6 @@ class ReplicatedEngine:
 
     The projection needs no communication here: every process computes the same numbers from the same gradients.
     """
-
-    shards = None
 
     def __init__(
         self,
@@ -49,8 +48,9 @@ class ReplicatedEngine:
         self._scaler = scaler
         wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
-        self.rank = dist.get_rank() if self._ddp is not None else 0
-        self.world_size = dist.get_world_size() if self._ddp is not None else 1
+        self.processes = Processes(device=device)
+        if self._ddp is not None:
+            self.processes = Processes(dist.get_rank(), dist.get_world_size(), device)
 
     @property
     def device(self) -> torch.device:
@@ -75,7 +75,7 @@ class ReplicatedEngine:
         (loss * scale).backward()
 
     def complete(self) -> None:
-        if self.world_size == 1:
+        if self.processes.size == 1:
             return
 
         self.fill()
@@ -89,3 +89,6 @@ class ReplicatedEngine:
 
     def projected(self) -> None:
         pass
+
+    def weights(self) -> list[Weight | None]:
+        return [Weight(param, 0, param.numel()) for param in self._parameters]

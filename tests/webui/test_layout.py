@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llamafactory_ogpsa.report import append_row
+from llamafactory_ogpsa.run.log import append_row
 
 
 pytest.importorskip("gradio", reason="LlamaBoard needs gradio")

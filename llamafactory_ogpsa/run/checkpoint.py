@@ -11,27 +11,17 @@ import glob
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, get_type_hints
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from .engines import Engine, sum_numbers
-from .interface import Subspace
-from .subspace import Geometry
+from ..engines import Engine
+from ..storage import Read, open_tensors, save_tensors
+from ..subspace import Subspace
 
 
 STATE_NAME = "ogpsa_state.json"
 
 _FORMAT = 1
-# What the first states of this format did not have.
-_LATER = {"idle_steps": 0}
-_BASIS = "basis."
-_GEOMETRY = "geometry."
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -41,22 +31,28 @@ class RunState:
     Attributes:
         step: the optimizer steps taken.
         refreshed_at: the step of the last refresh.
-        repeat_at: the step of the refresh that is repeated because some parameter had no reference gradient.
+        moved: see `Schedule`.
+        searching: see `Schedule`.
+        covered: see `Schedule`.
         non_finite_steps: gradients that were not projected since the last logged step.
+        idle_steps: logged steps in a row, up to this one, of whose gradients hardly anything was left.
+        uncovered_steps: logged steps in a row, up to this one, with much of the gradient in tensors without direction.
         reference_losses: those of the last refresh, by the name of the set.
         made_by: the options that the basis depends on, by name.
-        idle_steps: logged steps in a row, up to this one, of whose gradients hardly anything was left.
         pieces: the number of files that the basis is in; 0 where it was left out.
         format: the version of all this.
     """
 
     step: int
     refreshed_at: int | None
-    repeat_at: int | None
+    moved: bool
+    searching: bool
+    covered: int
     non_finite_steps: int
+    idle_steps: int
+    uncovered_steps: int
     reference_losses: dict
     made_by: dict
-    idle_steps: int = 0
     pieces: int = 0
     format: int = _FORMAT
 
@@ -75,7 +71,7 @@ def fail_together(engine: Engine, error: Exception | None) -> None:
     Raises:
         Exception: this process's error, or a RuntimeError that tells of another's.
     """
-    (failed,) = sum_numbers(engine, [float(error is not None)])
+    (failed,) = engine.processes.totals([float(error is not None)])
     if error is not None:
         raise error
     if failed:
@@ -84,9 +80,9 @@ def fail_together(engine: Engine, error: Exception | None) -> None:
         )
 
 
-def _pieces(engine: Engine) -> tuple[int, int]:
+def _pieces(engine: Engine, sharded: bool) -> tuple[int, int]:
     """Return the number of pieces that a basis is in, and which of them this process has."""
-    return (1, 0) if engine.shards is None else (engine.world_size, engine.rank)
+    return (engine.processes.size, engine.processes.rank) if sharded else (1, 0)
 
 
 def _basis_path(folder: str, pieces: int, piece: int) -> str:
@@ -97,14 +93,6 @@ def _basis_files(folder: str) -> list[str]:
     return sorted(glob.glob(os.path.join(glob.escape(folder), "ogpsa_state-*")))
 
 
-def fingerprint(tensor: torch.Tensor) -> str:
-    """Describe a contiguous tensor: its dtype, its shape, and the sum of its bits as integers."""
-    # In chunks: the sum makes a copy in int64 of what it sums.
-    chunks = tensor.view(-1).view(_INTEGERS[tensor.dtype.itemsize]).split(_CHUNK)
-    bits = sum(chunk.sum(dtype=torch.int64) for chunk in chunks) if chunks[0].numel() > 0 else 0
-    return f"{tensor.dtype} {list(tensor.shape)} {int(bits)}"
-
-
 def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: Engine, writes: bool) -> None:
     """Write a state into a checkpoint that is being written; every process calls it.
 
@@ -112,19 +100,19 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
         folder: the checkpoint's.
         state: everything but the basis; `pieces` is filled in here.
         subspace: the basis; None leaves it out.
-        engine: tells whether each process has a piece of it.
+        engine: the run's.
         writes: whether this process writes what all processes have.
     """
-    pieces, piece = _pieces(engine)
+    pieces, piece = _pieces(engine, subspace is not None and subspace.processes.sharded)
     if writes:
         remove_state(folder)
     if subspace is not None and pieces > 1:
-        sum_numbers(engine, [1.0])  # an old state must be gone before the first piece of the new one is there
+        engine.processes.totals([1.0])  # an old state must be gone before the first piece of the new one is there
     error = None
     if subspace is not None and (writes or pieces > 1):
         try:
             os.makedirs(folder, exist_ok=True)
-            _save_basis(_basis_path(folder, pieces, piece), subspace, state.step)
+            save_tensors(_basis_path(folder, pieces, piece), subspace.tensors(), {"step": str(state.step)})
         except OSError as err:
             error = err
     if subspace is not None and pieces > 1:
@@ -140,17 +128,6 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
         os.replace(f"{path}.tmp", path)
 
 
-def _save_basis(path: str, subspace: Subspace, step: int) -> None:
-    """Write one process's piece of a basis, with its geometry, under a temporary name first."""
-    tensors = {_BASIS + name: rows for name, rows in zip(subspace.names, subspace.basis, strict=True)}
-    for field in fields(Geometry):
-        numbers = getattr(subspace.geometry, field.name)
-        tensors[_GEOMETRY + field.name] = torch.as_tensor(numbers).contiguous()
-    fingerprints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, f"{path}.tmp", metadata={"step": str(step), "fingerprints": json.dumps(fingerprints)})
-    os.replace(f"{path}.tmp", path)
-
-
 def remove_state(folder: str) -> None:
     """Remove a state that an earlier run has left in a folder that is written again, what vouches for it first."""
     for path in [os.path.join(folder, STATE_NAME), *_basis_files(folder)]:
@@ -163,8 +140,9 @@ def load_state(
     step: int,
     made_by: dict[str, Any],
     engine: Engine,
-    allocate: Callable[[int], list[torch.Tensor]],
-) -> tuple[RunState, list[torch.Tensor] | None, Geometry | None] | None:
+    sharded: bool,
+    restore: Callable[[Read, set[str]], Subspace],
+) -> tuple[RunState, Subspace | None] | None:
     """Read the state in a checkpoint and check that it belongs to this run; every process calls it.
 
     Args:
@@ -172,27 +150,27 @@ def load_state(
         step: the optimizer steps taken, as the Trainer knows it.
         made_by: this run's options that the basis depends on.
         engine: the run's.
-        allocate: makes the memory of a basis of a rank, one tensor `[rank, size_i]` a parameter.
+        sharded: whether this run's basis is in pieces, one a process.
+        restore: makes a basis of a file's tensors, given what reads one and their names.
 
     Returns:
-        the state, the basis and its geometry on the CPU, which are None where they were left out; None where the
-        checkpoint holds no state.
+        the state and the basis, None where it was left out; None where the checkpoint holds no state.
 
     Raises:
         ValueError: it is damaged or belongs to another run; says what is wrong and what to do.
     """
     path = os.path.join(folder, STATE_NAME)
     found = os.path.exists(path)
-    (processes,) = sum_numbers(engine, [float(found)])
-    if 0 < processes < engine.world_size:
-        raise damaged(path, f"is where only {processes:.0f} of {engine.world_size} processes see it")
+    (processes,) = engine.processes.totals([float(found)])
+    if 0 < processes < engine.processes.size:
+        raise damaged(path, f"is where only {processes:.0f} of {engine.processes.size} processes see it")
     if not found:
         if _basis_files(folder):
             raise damaged(path, "is missing, but there is a basis beside it")
         return None
 
     state = _read_state(path)
-    pieces, piece = _pieces(engine)
+    pieces, piece = _pieces(engine, sharded)
     if state.step != step:
         raise damaged(path, f"is of step {state.step}, the checkpoint of step {step}")
     for name, value in made_by.items():
@@ -201,8 +179,16 @@ def load_state(
     if state.pieces not in (0, pieces):
         raise damaged(path, f"has a basis in {state.pieces} piece(s), this run has one in {pieces}")
     if state.pieces == 0:
-        return state, None, None
-    return state, *_load_basis(_basis_path(folder, pieces, piece), step, engine, allocate)
+        return state, None
+
+    path = _basis_path(folder, pieces, piece)
+    try:
+        with open_tensors(path) as (read, metadata, names):
+            if metadata.get("step") != str(step):
+                raise ValueError(f"is of step {metadata.get('step')}, not {step}")
+            return state, restore(read, names)
+    except ValueError as err:
+        raise damaged(path, err) from err
 
 
 def _read_state(path: str) -> RunState:
@@ -219,7 +205,6 @@ def _read_state(path: str) -> RunState:
 
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise damaged(path, "is of a format that this version of llamafactory-ogpsa does not know")
-    content = {**_LATER, **content}
     types = get_type_hints(RunState)
     for name, expected in types.items():
         if name not in content:
@@ -227,38 +212,3 @@ def _read_state(path: str) -> RunState:
         if not isinstance(content[name], expected):
             raise damaged(path, f"has {content[name]!r} for {name!r}")
     return RunState(**{name: content[name] for name in types})
-
-
-def _load_basis(
-    path: str, step: int, engine: Engine, allocate: Callable[[int], list[torch.Tensor]]
-) -> tuple[list[torch.Tensor], Geometry]:
-    """Read one process's piece of a basis; see `load_state`."""
-    geometry_keys = [_GEOMETRY + field.name for field in fields(Geometry)]
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            fingerprints = json.loads(metadata.get("fingerprints", "{}"))
-            if metadata.get("step") != str(step):
-                raise damaged(path, f"is of step {metadata.get('step')}, not {step}")
-
-            def read(key: str) -> torch.Tensor:
-                if key not in fingerprints:
-                    raise damaged(path, f"has no {key!r}")
-                tensor = file.get_tensor(key)
-                if fingerprint(tensor) != fingerprints[key]:
-                    raise damaged(path, f"has other numbers in {key!r} than were written")
-                return tensor
-
-            *numbers, ranks = [read(key) for key in geometry_keys]
-            foreign = fingerprints.keys() - set(geometry_keys) - {_BASIS + name for name in engine.names}
-            if foreign:
-                raise damaged(path, f"has {min(foreign)!r}, a parameter that this run does not train")
-            basis = allocate(numbers[0].shape[-1])
-            for name, rows in zip(engine.names, basis, strict=True):
-                stored = read(_BASIS + name)
-                if stored.shape != rows.shape:
-                    raise damaged(path, f"has {stored.shape[-1]} elements for {name}, this run {rows.shape[-1]}")
-                rows.copy_(stored)
-    except (OSError, SafetensorError, json.JSONDecodeError) as err:
-        raise damaged(path, f"cannot be read ({err})")
-    return basis, Geometry(*numbers, tuple(ranks.tolist()))

@@ -1,11 +1,11 @@
-"""What follows from the options of a run for the machine it runs on."""
+"""Where a run keeps its basis, in which precision, and what projects it."""
 
 import logging
 
 import torch
 
-from .engines import Engine, sum_numbers
-from .kernels import triton_obstacle
+from ..engines import Engine
+from ..kernels import triton_obstacle
 
 
 logger = logging.getLogger("llamafactory.ogpsa")
@@ -13,6 +13,13 @@ logger = logging.getLogger("llamafactory.ogpsa")
 # On an accelerator, `ogpsa_basis_device: auto` keeps the basis there while it takes at most this share of what is free
 # before training: optimizer state and activations are still to come.
 _BASIS_SHARE = 0.4
+
+
+def choose_basis_dtype(choice: str, engine: Engine) -> torch.dtype:
+    """Return the dtype of the basis: the one that was chosen, or for `auto` bfloat16 where all gradients are."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    return torch.bfloat16 if all(dtype == torch.bfloat16 for dtype in engine.dtypes) else torch.float32
 
 
 def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: int) -> torch.device:
@@ -46,7 +53,7 @@ def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torc
         the device and the kernel.
     """
     here = kernel == "auto" and triton_obstacle(engine.device.type, interpret=False) is not None
-    hosted, obstructed = sum_numbers(engine, [float(basis_device.type == "cpu"), float(here)])
+    hosted, obstructed = engine.processes.totals([float(basis_device.type == "cpu"), float(here)])
     if obstructed and not here:
         logger.warning("OGPSA projects gradients by torch: Triton cannot run in every process.")
         kernel = "torch"
