@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from ..engines import make_engine
 from ..engines.deepspeed import before_step
+from ..options import Settings
 from ..reference import ReferenceSet
 from ..run import Host, OgpsaRun
-from ..settings import Settings
 from .datasets import count_tokens
 
 
@@ -36,7 +36,7 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
     class OgpsaTrainer(trainer_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self.ogpsa = OgpsaRun(settings_of(finetuning_args), make_reference_sets(self, stage, loaded))
+            self.ogpsa = OgpsaRun(Settings.from_arguments(finetuning_args), make_reference_sets(self, stage, loaded))
             self.ogpsa_checkpoint = None
             self.add_callback(OgpsaCallback(self))
 
@@ -167,24 +167,6 @@ def make_reference_sets(trainer: Any, stage: str, loaded: dict[str, Any]) -> lis
     if any(item.loss == "sft" for item in loaded["sets"]):
         kinds["sft"] = (sft_collator(trainer, loaded), SftLoss(trainer))
     return [ReferenceSet(item.name, item.samples, *kinds[item.loss]) for item in loaded["sets"]]
-
-
-def settings_of(finetuning_args: Any) -> Settings:
-    """Collect the options of a run."""
-    return Settings(
-        refresh_samples=finetuning_args.ogpsa_refresh_samples,
-        update_interval=finetuning_args.ogpsa_update_interval,
-        rank=finetuning_args.ogpsa_rank,
-        scope=finetuning_args.ogpsa_scope,
-        method=finetuning_args.ogpsa_method,
-        loss=finetuning_args.ogpsa_loss,
-        batch_size=finetuning_args.ogpsa_batch_size,
-        basis_device=finetuning_args.ogpsa_basis_device,
-        basis_dtype=finetuning_args.ogpsa_basis_dtype,
-        kernel=finetuning_args.ogpsa_kernel,
-        save_state=finetuning_args.ogpsa_save_state,
-        plot=finetuning_args.plot_loss,
-    )
 
 
 def sft_collator(trainer: Any, loaded: dict[str, Any]) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..options import Settings
 from ..projection import ProjectionStats
 from ..reference import ReferenceSet, take_in_turn
-from ..settings import Settings
 from .coverage import name_kinds
 from .schedule import count_refreshes
 

@@ -7,8 +7,8 @@ import torch
 
 from ..engines import Engine
 from ..geometry import Geometry, assign_groups, orthonormalise_
+from ..options import Settings
 from ..reference import ReferencePasses
-from ..settings import Settings
 from ..storage import Read
 from ..subspace import Subspace, read_geometry
 from .placement import agree, choose_basis_device, choose_basis_dtype

@@ -14,9 +14,9 @@ from tqdm import tqdm
 from ..engines import Engine
 from ..inputs import InputStats, InputSubspace
 from ..noise import check_repeatable, preserve_random_state, without_noise
+from ..options import Settings
 from ..projection import ProjectionStats
 from ..reference import ReferencePasses, ReferenceSet, take_in_turn
-from ..settings import Settings
 from ..subspace import Subspace
 from .checkpoint import RunState, fail_together, load_state, remove_state, save_state
 from .coverage import Coverage, find_coverage, measure_uncovered

@@ -6,7 +6,7 @@ import shutil
 import pytest
 from conftest import OGPSA, cli, load_weights, read_rows, run_cli, run_here
 
-from llamafactory_ogpsa.plugin.arguments import OPTIONS
+from llamafactory_ogpsa.options import OPTIONS
 from llamafactory_ogpsa.run.log import append_row, begin_log, read_log
 from llamafactory_ogpsa.run.plot import plot_log
 
