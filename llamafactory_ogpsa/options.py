@@ -13,14 +13,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .inputs import DEFAULT_RANK, MOST_DIRECTIONS
 from .kernels import MAX_RANK
 
 
 PREFIX = "ogpsa_"
-
-# Directions per weight matrix with `ogpsa_scope: inputs`: where `ogpsa_rank` is not given, and at most.
-INPUTS_RANK = 64
-MAX_INPUTS_RANK = 4096
 
 # Optimizer steps between refreshes, and the same for DPO and KTO.
 _INTERVAL, _PREFERENCE_INTERVAL = 30, 5
@@ -120,7 +117,7 @@ class Settings:
         "The most directions kept in the subspace; more than one per dataset split the samples of each dataset. "
         "With `ogpsa_scope: inputs`: directions per weight matrix.",
         "Subspace",
-        default_text=f"one per dataset; {INPUTS_RANK} with `ogpsa_scope: inputs`",
+        default_text=f"one per dataset; {DEFAULT_RANK} with `ogpsa_scope: inputs`",
     )
     method: str = _option(
         str,
@@ -252,10 +249,10 @@ def resolve(arguments: Any) -> None:
 def _resolve_inputs(arguments: Any) -> None:
     """Check `ogpsa_scope: inputs`, whose rank counts directions of a weight matrix's input, not gradients."""
     if arguments.ogpsa_rank is None:
-        arguments.ogpsa_rank = INPUTS_RANK
-    if arguments.ogpsa_rank > MAX_INPUTS_RANK:
+        arguments.ogpsa_rank = DEFAULT_RANK
+    if arguments.ogpsa_rank > MOST_DIRECTIONS:
         raise ValueError(
-            f"`ogpsa_rank` is {arguments.ogpsa_rank}; allowed with `ogpsa_scope: inputs`: 1 to {MAX_INPUTS_RANK}."
+            f"`ogpsa_rank` is {arguments.ogpsa_rank}; allowed with `ogpsa_scope: inputs`: 1 to {MOST_DIRECTIONS}."
         )
     if arguments.ogpsa_method == "conflict":
         raise ValueError(

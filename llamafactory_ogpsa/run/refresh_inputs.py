@@ -6,9 +6,9 @@ import torch
 
 from ..engines import Engine
 from ..inputs import DEFAULT_RANK, InputSubspace, Protected, leading_directions
+from ..options import Settings
 from ..record import Recorder
 from ..reference import ReferencePasses
-from ..settings import Settings
 from ..storage import Read
 from .placement import agree
 

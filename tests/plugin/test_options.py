@@ -10,7 +10,8 @@ from conftest import run_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ogpsa.options import INPUTS_RANK, OPTIONS, Settings, insert_tables, resolve
+from llamafactory_ogpsa.inputs import DEFAULT_RANK
+from llamafactory_ogpsa.options import OPTIONS, Settings, insert_tables, resolve
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +81,7 @@ def test_wrong_numbers_on_the_command_line_are_refused_by_name(parser, base_args
 
 def test_the_rank_of_scope_inputs_counts_directions_per_matrix():
     options = {**dict.fromkeys(OPTIONS), "ogpsa_dataset": "general", "ogpsa_scope": "inputs", "ogpsa_num_samples": 2}
-    for rank, expected in [(None, INPUTS_RANK), (1, 1), (4096, 4096)]:
+    for rank, expected in [(None, DEFAULT_RANK), (1, 1), (4096, 4096)]:
         arguments = SimpleNamespace(**{**options, "ogpsa_rank": rank}, stage="sft")
         resolve(arguments)
         assert arguments.ogpsa_rank == expected
