@@ -196,10 +196,13 @@ class InputSubspace:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all numbers of the subspace by name, contiguous, each under its kind: `basis.<name>` and so on."""
-        tensors = {}
+        tensors, stored = {}, set()
         for name, item in zip(self.names, self.protected, strict=True):
             if item.basis is not None:
-                tensors[f"basis.{name}"] = item.basis.contiguous()
+                # Matrices with the same inputs share a basis, which a file of tensors cannot.
+                shared = item.basis.untyped_storage().data_ptr() in stored
+                tensors[f"basis.{name}"] = item.basis.clone() if shared else item.basis.contiguous()
+                stored.add(item.basis.untyped_storage().data_ptr())
             if item.tokens is not None:
                 tensors[f"tokens.{name}"] = item.tokens.to(torch.uint8).contiguous()
             if item.unreached:

@@ -11,11 +11,14 @@ from .engines import Engine
 
 
 # Rows kept of each matrix's inputs, over all sets and processes; more samples give fewer rows each.
-MOST_ROWS = 2048
+MOST_ROWS = 4096
 
 
 class Recorder:
-    """Keeps inputs of the modules whose weights are trained, at the positions whose outputs the loss reads.
+    """Keeps inputs of the modules whose weights are trained, at all tokens of the reference samples.
+
+    Not at the answers alone: what a prompt is turned into is part of what is to be kept. A real model that kept the
+    inputs of answers alone refused three times as many ordinary instructions (docs/inputs.md).
 
     Attributes:
         tokens: the tokens that reached each embedding, bool `[tokens]`, by the index of its weight.
@@ -43,18 +46,12 @@ class Recorder:
         """Say what the next forward pass is given.
 
         Args:
-            batch: the batch, with `labels` or at least an `attention_mask`.
+            batch: the batch, with an `attention_mask` and perhaps `labels`.
             count: the samples that count; of none nothing is kept.
         """
-        labels, present = batch.get("labels"), batch.get("attention_mask")
-        self._present = present if count > 0 and present is not None and present.dim() == 2 else None
-        if labels is not None and labels.dim() == 2:
-            # The output at a position is compared with the next label.
-            mask = torch.zeros_like(labels, dtype=torch.bool)
-            mask[:, :-1] = labels[:, 1:] != -100
-        else:
-            mask = None if self._present is None else self._present.bool()
-        self._mask = None if mask is None or count == 0 else _thin(mask, self._per_sample)
+        present, labels = batch.get("attention_mask"), batch.get("labels")
+        self._present = present.bool() if present is not None and present.dim() == 2 else None
+        self._mask = None if self._present is None else _thin(self._present, labels, self._per_sample)
         self._count = count
 
     @contextmanager
@@ -84,7 +81,7 @@ class Recorder:
             if self._count == 0:
                 return
             if self._present is not None and self._present.shape == ids.shape:
-                ids = ids[self._present.bool()]
+                ids = ids[self._present]
             seen = self.tokens.setdefault(index, torch.zeros(num_tokens, dtype=torch.bool, device=ids.device))
             seen[ids.reshape(-1)] = True
 
@@ -125,12 +122,23 @@ class Recorder:
             yield indices, torch.cat(self._rows.pop(indices))
 
 
-def _thin(mask: torch.Tensor, most: int) -> torch.Tensor:
-    """Keep at most so many positions of each row of a mask, evenly spread, the first among them."""
-    thinned = torch.zeros_like(mask)
-    for row, kept in zip(mask, thinned, strict=True):
-        positions = row.nonzero().flatten()
+def _thin(present: torch.Tensor, labels: torch.Tensor | None, most: int) -> torch.Tensor:
+    """Choose at most so many tokens of each sequence, evenly spread.
+
+    The first token whose output is labelled, from which the first token of an answer comes, is always among them.
+
+    Args:
+        present: bool `[sequences, length]`, False at padding.
+        labels: `[sequences, length]`, -100 where there is none; or None.
+        most: tokens of a sequence.
+    """
+    chosen = torch.zeros_like(present)
+    for row, (sequence, kept) in enumerate(zip(present, chosen, strict=True)):
+        positions = sequence.nonzero().flatten()
         if len(positions) > most:
             positions = positions[torch.arange(most, device=positions.device) * len(positions) // most]
+            if labels is not None and labels.shape == present.shape:
+                labelled = (labels[row, 1:] != -100).nonzero().flatten()
+                positions[-1:] = labelled[:1] if len(labelled) else positions[-1:]
         kept[positions] = True
-    return thinned
+    return chosen

@@ -107,7 +107,7 @@ def _adam_changes(
         change = m.mul(-rate / first).div_((v / second).sqrt_().add_(group["eps"]))
         decay = rate * group["weight_decay"] if decoupled else 0.0
         if decay:
-            old = weight.part_of(weight.optimized).float().sub_(change).div_(1 - decay)
+            old = (weight.part_of(weight.optimized).float() - change) / (1 - decay)
             change.sub_(old, alpha=decay)
         yield index, change
 

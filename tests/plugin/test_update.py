@@ -3,11 +3,12 @@
 import oracle
 import pytest
 import torch
-from conftest import OGPSA, load_weights, read_rows, run_here
+from conftest import OGPSA, load_weights, read_rows, run_here, same_weights
 
 from llamafactory_ogpsa.run import update
 
 
+COPIED = update.MOST_COPIED
 OPTIMIZERS = {
     "sgd": {"optim": "sgd", "learning_rate": 1.0},
     "sgd with decay": {"optim": "sgd", "learning_rate": 1.0, "weight_decay": 0.1},
@@ -42,22 +43,25 @@ def test_the_update_figures_are_those_of_the_saved_weights(base_args, optimizer,
     for reference, name in zip(references, args["ogpsa_dataset"].split(","), strict=True):
         r = torch.cat([reference[tensor] for tensor in change])
         assert row["update_cosine"][name] == pytest.approx((whole @ r / whole.norm() / r.norm()).item(), abs=1e-4)
-        assert row["update_loss_change"][name] == pytest.approx((whole @ r).item(), abs=1e-4 * whole.norm() * r.norm())
+        assert row["update_loss_change"][name] == pytest.approx(
+            (whole @ r).item(), abs=1e-4 * (whole.norm() * r.norm()).item()
+        )
     if optimizer == "sgd":
         assert row["update_share"] < 1e-3
     else:
-        assert row["update_share"] > 1e-2
+        assert row["update_share"] > 2e-3
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
 def test_adams_state_gives_what_a_copy_gives(base_args, monkeypatch, tmp_path, optim, decay):
     rows = []
-    for most in (update.MOST_COPIED, 0):
+    for most in (COPIED, 0):
         monkeypatch.setattr(update, "MOST_COPIED", most)
         args = {**base_args, **OGPSA, "optim": optim, "weight_decay": decay, "learning_rate": 1e-3}
         run_here({**args, "output_dir": str(tmp_path / str(most))})
         rows.append(read_rows(tmp_path / str(most))[0])
+    assert same_weights(tmp_path / str(update.MOST_COPIED), tmp_path / str(COPIED))
     for one, other in zip(*rows, strict=True):
         assert other["update_share"] == pytest.approx(one["update_share"], abs=1e-4)
         for name in ("helpful", "truthful"):
