@@ -1,0 +1,46 @@
+"""What was measured: one JSON object a line, written the moment its case is done, so that a run can go on later."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+NAME = "rows.jsonl"
+
+# `part`, `case` (what was measured), `environment`, `date` (UTC), `seconds` that it took, and one of `figures`,
+# `skipped` (why the case cannot run here) and `error`.
+Row = dict[str, Any]
+
+
+def append(folder: Path, row: Row) -> None:
+    """Add a row to a folder's file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read(file: Path) -> list[Row]:
+    """Return the rows of a file, the last one of each case; none where there is no file.
+
+    A last line that a killed run left unfinished is dropped.
+    """
+    if not file.is_file():
+        return []
+    rows = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        rows[key(row["part"], row["case"])] = row
+    return list(rows.values())
+
+
+def key(part: str, case: dict[str, Any]) -> str:
+    """Return what tells a case from all others."""
+    return json.dumps([part, case], sort_keys=True)
+
+
+def is_done(row: Row) -> bool:
+    """Return whether a case need not be run again: it has figures."""
+    return "figures" in row

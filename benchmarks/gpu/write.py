@@ -1,0 +1,71 @@
+"""Write the tables of docs/ that hold a GPU's figures, between their markers, from the rows that were measured."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import rows as store
+from . import tables, targets
+from .rows import Row
+
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+# The regions of each page. What was measured is kept beside them, so that the tables can be written again.
+PAGES = {
+    "performance.md": ("targets", "tests", "projection", "launches", "accuracy", "memory", "training", "streaming"),
+    "distributed.md": ("distributed",),
+}
+KEPT = "gpu"
+_REGION = re.compile(r"(<!-- gpu: (\w+) -->\n).*?(<!-- gpu: end -->)", re.DOTALL)
+
+
+def write(measured: Sequence[Row], folder: Path) -> list[Path]:
+    """Write both pages of docs/ with these rows into a folder, and the rows beside them.
+
+    Args:
+        measured: the rows, as `rows.read` returns them.
+        folder: docs/ itself, or another.
+
+    Returns:
+        the files written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for page in PAGES:
+        path = folder / page
+        path.write_text(fill((DOCS / page).read_text(encoding="utf-8"), measured), encoding="utf-8")
+        written.append(path)
+    kept = folder / KEPT / store.NAME
+    kept.unlink(missing_ok=True)
+    for row in measured:
+        store.append(kept.parent, row)
+    return [*written, kept]
+
+
+def fill(page: str, measured: Sequence[Row]) -> str:
+    """Return a page with every region written anew from these rows."""
+    return _REGION.sub(lambda match: f"{match[1]}{region(match[2], measured)}\n{match[3]}", page)
+
+
+def region(name: str, measured: Sequence[Row]) -> str:
+    """Return a region: a caption that says what was measured on and when, and the table."""
+    parts = ("projection", "launches", "accuracy") if name == "targets" else (name,)
+    table = targets.table(measured) if name == "targets" else tables.table(name, measured)
+    return f"{caption(parts, [row for row in measured if row['part'] in parts])}\n\n{table}"
+
+
+def caption(parts: Sequence[str], measured: Sequence[Row]) -> str:
+    """Return the device, its driver, the versions, the dates and the command of some rows."""
+    command = f"`python -m benchmarks.gpu {' '.join(parts)}`"
+    if not measured:
+        return f"{command}: not measured."
+    here, dates = measured[0]["environment"], sorted({row["date"] for row in measured})
+    device = ("Pretended, on a CPU: " if here["pretended"] else "") + here["device"]
+    if here["driver"]:
+        device += f", driver {here['driver']}"
+    versions = [
+        f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "accelerate", "peft", "deepspeed")
+    ]
+    known = [here["runtime"], f"Python {here['python']}", *versions]
+    text = ", ".join(item for item in [device, *known] if item and not item.endswith(" None"))
+    return f"{command}: {text}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
