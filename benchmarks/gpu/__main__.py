@@ -20,11 +20,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..devices import default_device, environment
-from . import rows, write
+from . import rows, tables, write
 from .parts import PARTS, PRETENDED, REAL, ROOT, Run, attempt
 
 
@@ -69,8 +70,18 @@ def run_part(name: str, folder: Path, pretend: bool) -> int:
         }
         rows.append(folder, row)
         failed |= "error" in result
-        print(f"  {result.get('figures') or result}", flush=True)
+        print(f"  {summary(name, result)}", flush=True)
     return int(failed)
+
+
+def summary(name: str, result: dict[str, Any]) -> str:
+    """Return what came of a case, in one line, as its table will have it."""
+    if "figures" not in result:
+        return next(f"{kind}: {text}" for kind, text in result.items())
+    if name not in tables.TABLES:
+        return "done"
+    layout = tables.TABLES[name]
+    return "; ".join(f"{head}: {cell}" for head, cell in zip(layout.heads, layout.cells(result["figures"])))
 
 
 def start_part(name: str, folder: Path, pretend: bool) -> int:

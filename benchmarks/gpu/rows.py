@@ -13,10 +13,12 @@ Row = dict[str, Any]
 
 
 def append(folder: Path, row: Row) -> None:
-    """Add a row to a folder's file."""
+    """Add a row to a folder's file, on a line of its own even after one that a killed run left unfinished."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    path = folder / NAME
+    unfinished = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * unfinished + json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read(file: Path) -> list[Row]:
