@@ -189,7 +189,7 @@ def measure_streaming(case: Case, run: Run) -> Figures:
     inverse_gram = torch.eye(RANK, device=run.device).repeat(len(numels), 1, 1)
     steps = {}
     for name, basis in (("resident", resident), ("streamed", host)):
-        plan = make_plan(basis, range(len(numels)), len(numels), device=run.device)
+        plan = make_plan(basis, list(range(len(numels))), len(numels), device=run.device)
         plan.warmup([gradient.dtype for gradient in gradients])
         steps[name] = lambda plan=plan: plan.orthogonal_(gradients, inverse_gram, MAX_NORM)
     times = measure(steps, run.device, run.sizes.repeats)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from . import rows as store
 from . import tables, targets
@@ -55,17 +56,21 @@ def region(name: str, measured: Sequence[Row]) -> str:
 
 
 def caption(parts: Sequence[str], measured: Sequence[Row]) -> str:
-    """Return the device, its driver, the versions, the dates and the command of some rows."""
+    """Return the command of some rows, the dates, and the device, driver and versions, each of them if they differ."""
     command = f"`python -m benchmarks.gpu {' '.join(parts)}`"
     if not measured:
         return f"{command}: not measured."
-    here, dates = measured[0]["environment"], sorted({row["date"] for row in measured})
-    device = ("Pretended, on a CPU: " if here["pretended"] else "") + here["device"]
-    if here["driver"]:
-        device += f", driver {here['driver']}"
-    versions = [
-        f"{name} {here[name]}" for name in ("torch", "triton", "transformers", "accelerate", "peft", "deepspeed")
+    dates = sorted({row["date"] for row in measured})
+    machines = dict.fromkeys(_machine(row["environment"]) for row in measured)
+    return f"{command}: {'; and '.join(machines)}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    versions = ("python", "torch", "triton", "transformers", "accelerate", "peft", "llamafactory", "deepspeed")
+    known = [
+        ("pretended, on a CPU: " if environment["pretended"] else "") + environment["device"],
+        f"driver {environment['driver']}" if environment["driver"] else None,
+        environment["runtime"],
+        *(f"{name} {environment[name]}" for name in versions if environment[name]),
     ]
-    known = [here["runtime"], f"Python {here['python']}", *versions]
-    text = ", ".join(item for item in [device, *known] if item and not item.endswith(" None"))
-    return f"{command}: {text}; {' to '.join(dict.fromkeys((dates[0], dates[-1])))}."
+    return ", ".join(filter(None, known))
