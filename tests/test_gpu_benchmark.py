@@ -257,7 +257,21 @@ def test_the_docs_are_what_was_measured():
     for page, regions in write.PAGES.items():
         text = (write.DOCS / page).read_text(encoding="utf-8")
         assert tuple(name for _, name, _ in write._REGION.findall(text)) == regions
-        assert write.fill(text, measured) == text, "run `python -m benchmarks.gpu --write --output docs/gpu`"
+        assert write.fill(text, measured) == text, "run `python -m benchmarks.gpu --write`"
+
+
+def test_figures_are_kept_until_there_are_newer_ones(tmp_path):
+    def passed():
+        line = next(line for line in (tmp_path / "performance.md").read_text().splitlines() if case["tests"] in line)
+        return line.split("|")[2].strip()
+
+    case = parts.PARTS["tests"].cases[0]
+    write.write([a_row("tests", case, figures={"passed": 3, "skipped": 0})], tmp_path)
+    assert passed() == "3"
+    write.write([a_row("tests", case, skipped="pytest is not installed")], tmp_path)
+    assert passed() == "3"
+    write.write([a_row("tests", case, figures={"passed": 4, "skipped": 0})], tmp_path)
+    assert passed() == "4"
 
 
 def test_writing_again_changes_nothing(tmp_path):

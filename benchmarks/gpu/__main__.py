@@ -3,7 +3,7 @@
     python -m benchmarks.gpu                        # all parts, in this order
     python -m benchmarks.gpu accuracy projection    # some
     python -m benchmarks.gpu --pretend              # all on the CPU, tiny: only to try the code
-    python -m benchmarks.gpu --write                # the tables anew, from what was measured
+    python -m benchmarks.gpu --write                # only the tables, from the rows in OUTPUT and docs/gpu
 
 A part has nine minutes; every case that is done is a line of OUTPUT/rows.jsonl at once. The same command again goes on
 with the cases that have no figures yet, so it may be stopped at any time. After a change of the code, or on another
@@ -93,7 +93,10 @@ def start_part(name: str, folder: Path, pretend: bool) -> int:
         variables |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
     process = subprocess.Popen(command, env=variables, start_new_session=True)
     try:
-        return process.wait(SECONDS)
+        code = process.wait(SECONDS)
+        if code < 0:
+            print(f"{name}: ended by signal {-code}; the same command tries the rest again.", flush=True)
+        return code
     except subprocess.TimeoutExpired:
         print(f"{name}: nine minutes are over; the same command goes on where it stopped.", flush=True)
         return 1
@@ -109,30 +112,33 @@ def main() -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"from {', '.join(PARTS)}; all where none is given")
-    parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), help="where the rows go")
+    parser.add_argument(
+        "--output", type=Path, help="where the rows go; outputs/gpu, or outputs/gpu-pretended with --pretend"
+    )
     parser.add_argument("--pretend", action="store_true", help="try the code on the CPU")
     parser.add_argument("--write", action="store_true", help="only write the tables, from the rows in --output")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    folder = options.output or Path("outputs/gpu-pretended" if options.pretend else "outputs/gpu")
     if options.worker:
-        sys.exit(max(run_part(name, options.output, options.pretend) for name in options.parts))
+        sys.exit(max(run_part(name, folder, options.pretend) for name in options.parts))
 
     codes = {}
     if not options.write:
         if not options.pretend and not torch.cuda.is_available():
             parser.error("PyTorch finds no CUDA or ROCm device here; --pretend tries the code on the CPU")
         for name in options.parts or PARTS:
-            codes[name] = start_part(name, options.output, options.pretend)
+            codes[name] = start_part(name, folder, options.pretend)
             if codes[name] == OTHER_DEVICE:
                 sys.exit(1)
-    measured = rows.read(options.output / rows.NAME)
+    # Pretended figures are not for docs/.
+    measured = [row for row in rows.read(folder / rows.NAME) if row["environment"]["pretended"] == options.pretend]
     for name, part in PARTS.items():
         count = sum(rows.is_done(row) for row in measured if row["part"] == name)
         print(f"{name}: {count} of {len(part.cases)} cases measured")
-    # Pages with pretended figures are not for docs/.
-    for page in write.write(measured, options.output if options.pretend else ROOT / "docs"):
+    for page in write.write(measured, folder if options.pretend else write.DOCS):
         print(f"written: {page}")
     sys.exit(int(any(codes.values())))
 

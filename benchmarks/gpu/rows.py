@@ -1,6 +1,7 @@
 """What was measured: one JSON object a line, written the moment its case is done, so that a run can go on later."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,29 @@ def append(folder: Path, row: Row) -> None:
 
 
 def read(file: Path) -> list[Row]:
-    """Return the rows of a file, the last one of each case; none where there is no file.
+    """Return the rows of a file, one a case as in `latest`; none where there is no file.
 
-    A last line that a killed run left unfinished is dropped.
+    A line that a killed run left unfinished is dropped.
     """
     if not file.is_file():
         return []
-    rows = {}
+    found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            row = json.loads(line)
+            found.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        rows[key(row["part"], row["case"])] = row
-    return list(rows.values())
+    return latest(found)
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Return the last row of each case; one without figures does not replace one that has them."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        name = key(row["part"], row["case"])
+        if is_done(row) or name not in found or not is_done(found[name]):
+            found[name] = row
+    return list(found.values())
 
 
 def key(part: str, case: dict[str, Any]) -> str:

@@ -21,22 +21,23 @@ _REGION = re.compile(r"(<!-- gpu: (\w+) -->\n).*?(<!-- gpu: end -->)", re.DOTALL
 
 
 def write(measured: Sequence[Row], folder: Path) -> list[Path]:
-    """Write both pages of docs/ with these rows into a folder, and the rows beside them.
+    """Write both pages of docs/ into a folder, with these rows and those kept there, and keep them.
 
     Args:
-        measured: the rows, as `rows.read` returns them.
+        measured: the rows; they replace those of the same cases that the folder keeps.
         folder: docs/ itself, or another.
 
     Returns:
         the files written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / KEPT / store.NAME
+    measured = store.latest([*store.read(kept), *measured])
     written = []
     for page in PAGES:
         path = folder / page
         path.write_text(fill((DOCS / page).read_text(encoding="utf-8"), measured), encoding="utf-8")
         written.append(path)
-    kept = folder / KEPT / store.NAME
     kept.unlink(missing_ok=True)
     for row in measured:
         store.append(kept.parent, row)
