@@ -1,5 +1,6 @@
 """The device that is measured: its counters, its name, and a CPU's stand-in for `torch.cuda`."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -95,8 +96,19 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": None if on_gpu else torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: importlib.metadata.version(name) if importlib.util.find_spec(name) else None for name in packages},
+        **{name: _version(name) for name in packages},
     }
+
+
+def _version(name: str) -> str | None:
+    """Return a package's version, None where it is not installed."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # Installed under another name, as Triton is for ROCm, or only on the path.
+        return getattr(importlib.import_module(name), "__version__", "of unknown version")
 
 
 def _driver() -> str | None:

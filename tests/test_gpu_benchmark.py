@@ -168,6 +168,15 @@ def test_the_stand_in_is_called_as_torch_cuda_is():
         assert callable(getattr(event, name))
 
 
+def test_a_package_of_another_name_has_its_version(monkeypatch):
+    def version(name):
+        raise devices.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(devices.importlib.metadata, "version", version)
+    here = devices.environment(torch.device("cpu"))
+    assert here["transformers"] == __import__("transformers").__version__
+
+
 def test_overlap_is_read_from_the_trace():
     def event(category, name, start, length):
         return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length}
@@ -188,6 +197,12 @@ def test_overlap_is_read_from_the_trace():
     assert activity._asdict() == pytest.approx(
         {"launches": 1, "cpu": 8e-6, "kernels": 10e-6, "copies": 11e-6, "both": 3.5e-6}
     )
+
+
+def test_a_profiler_that_sees_nothing_is_no_figure(monkeypatch):
+    monkeypatch.setattr(trace, "CPU", trace.GPU)  # there are no such events on a CPU
+    with pytest.raises(RuntimeError, match="saw no kernel"):
+        trace.record(lambda: torch.ones(1) + 1, torch.device("cpu"), 1)
 
 
 def timed(seconds, ours, **more):

@@ -49,7 +49,11 @@ class Activity(NamedTuple):
 
 
 def record(step: Step, device: torch.device, repeats: int) -> Activity:
-    """Profile a step that has been called before; `repeats` times after once that does not count."""
+    """Profile a step that has been called before; `repeats` times after once that does not count.
+
+    Raises:
+        RuntimeError: the profiler saw no kernel, as where it may not read the device's counters.
+    """
     api = counters(device)
     for count in (1, repeats):
         with profile(activities=supported_activities()) as profiler:
@@ -61,7 +65,10 @@ def record(step: Step, device: torch.device, repeats: int) -> Activity:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return summarise(events, repeats, GPU if device.type == "cuda" else CPU)
+    activity = summarise(events, repeats, GPU if device.type == "cuda" else CPU)
+    if not activity.launches:
+        raise RuntimeError("PyTorch's profiler saw no kernel")
+    return activity
 
 
 def summarise(events: Iterable[dict[str, Any]], repeats: int, kinds: Kinds) -> Activity:

@@ -41,7 +41,7 @@ def write(measured: Sequence[Row], folder: Path) -> list[Path]:
     kept.unlink(missing_ok=True)
     for row in measured:
         store.append(kept.parent, row)
-    return [*written, kept]
+    return [*written, kept] if measured else written
 
 
 def fill(page: str, measured: Sequence[Row]) -> str:
