@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo lab test lint format data clean
+.PHONY: demo lab gpu test lint format data clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -13,6 +13,10 @@ demo: $(STAMP)
 # All of benchmarks/alignment_tax/lab.yaml; with QUICK=1 a small part. An interrupted lab goes on where it stopped.
 lab: $(STAMP)
 	$(BIN)/python -m benchmarks.alignment_tax $(if $(filter-out 0,$(QUICK)),--quick)
+
+# Measures on this machine's GPU, and writes the tables of docs/performance.md and docs/distributed.md.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 # All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores alone.
 ALONE := tests/distributed tests/webui
