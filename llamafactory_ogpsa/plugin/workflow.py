@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from .. import TESTED_WITH
 from .datasets import load_reference_sets
 from .trainer import with_ogpsa
 
@@ -88,7 +89,7 @@ def check_seam(stage: str) -> None:
 
         raise RuntimeError(
             f"OGPSA does not know LLaMA-Factory {VERSION} (stage {stage}: {'; '.join(problems)}). Use a version that "
-            "the README names; stock stages are not affected."
+            f"it is tested with, {TESTED_WITH}; stock stages are not affected."
         )
 
 

@@ -88,11 +88,43 @@ def test_triton_is_refused_where_it_cannot_run(base_args, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(("variable", "backend"), [("USE_MCA", "Megatron"), ("USE_KT", "KTransformers")])
-def test_other_backends_are_refused(base_args, monkeypatch, variable, backend):
+@pytest.mark.parametrize(
+    ("variable", "backend"),
+    [("USE_MCA", "Megatron"), ("USE_MEGATRON_BRIDGE", "Megatron Bridge"), ("USE_KT", "KTransformers")],
+)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(OGPSA, "`stage: ogpsa_sft`, `ogpsa_dataset`"), ({"ogpsa_dataset": "helpful"}, "`ogpsa_dataset`")],
+    ids=["stage", "option"],
+)
+def test_other_backends_are_refused(base_args, monkeypatch, variable, backend, change, named):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(ValueError, match=f"`{variable}` is set: OGPSA does not support the {backend} backend"):
-        run_here({**base_args, **OGPSA})
+    message = f"`{variable}` is set: OGPSA does not support the {backend} backend; allowed: unset, or .* {named}"
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asking"),
+    [
+        ({"stage": "sft", "ogpsa_rank": None, "dataset": "ogpsa_sft"}, []),
+        ({"stage": "ogpsa_sft", "ogpsa_rank": 2}, ["stage: ogpsa_sft", "ogpsa_rank"]),
+        (["--stage", "ogpsa_dpo", "--ogpsa-rank=2"], ["stage: ogpsa_dpo", "ogpsa_rank"]),
+        (["--dataset", "ogpsa_sft", "stage=sft", "finetuning_type=ogpsa_lora"], ["finetuning_type: ogpsa_lora"]),
+        (["--stage", "sft", "--do_train"], []),
+        ([], []),
+    ],
+)
+def test_what_asks_for_ogpsa_is_found_in_a_file_and_on_the_command_line(arguments, asking):
+    from llamafactory_ogpsa.plugin.backends import ogpsa_options
+
+    assert ogpsa_options(arguments) == asking
+
+
+@pytest.mark.usefixtures("no_model")
+def test_use_kt_is_refused_before_llamafactory_looks_for_its_packages(base_args):
+    with pytest.raises(ValueError, match="`use_kt` is True: OGPSA does not support the KTransformers backend"):
+        run_here({**base_args, **OGPSA, "use_kt": True})
 
 
 @pytest.mark.usefixtures("no_model")
