@@ -176,6 +176,8 @@ def check_seams() -> Iterator[Finding]:
             yield Finding(NOTE, name, f"{error}; the web UI runs without OGPSA, training is not affected")
         elif name.startswith("llamafactory.v1"):
             yield Finding(NOTE, name, f"{error}; with USE_V1=1 and ALLOW_EXTRA_KEYS=1 `ogpsa_*` options are ignored")
+        elif error.startswith("cannot be imported"):
+            yield Finding(FAIL, name, error, f"make `python -c 'import {name}'` work; LLaMA-Factory is not whole here")
         else:
             yield Finding(FAIL, name, error, f"install a LLaMA-Factory that OGPSA is tested with: {TESTED_WITH}")
 
@@ -285,7 +287,7 @@ def import_error(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as err:
-        return f"{type(err).__name__}: {' '.join(str(err).split())[:200]}"
+        return f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
     return None
 
 

@@ -99,7 +99,7 @@ def v1_config(model_dir, data_dir, tmp_path):
 @pytest.mark.parametrize("extra", ["0", "1"])
 def test_v1_refuses_ogpsa_by_name(v1_config, extra):
     told = [
-        ("`stage: ogpsa_sft`, `ogpsa_dataset` are given", {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful"}, []),
+        ("`ogpsa_dataset`, `stage: ogpsa_sft` are given", {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful"}, []),
         ("`ogpsa_rank` is given", {}, ["ogpsa_rank=2"]),
     ]
     for message, options, words in told:
