@@ -127,7 +127,8 @@ def check_datasets(finetuning_args: Any, dataset_dir: Any) -> None:
     """Check that the reference sets exist and are of the kind that the reference loss needs.
 
     Raises:
-        ValueError: an unknown name (the known ones are listed), or a set of the wrong kind (says what to set).
+        ValueError: an unknown name (the known ones are listed), a file that is missing, or a set of the wrong kind
+            (says what to set).
     """
     info = known_datasets(dataset_dir)
     if info is None:
@@ -140,6 +141,7 @@ def check_datasets(finetuning_args: Any, dataset_dir: Any) -> None:
             raise ValueError(
                 f"`ogpsa_dataset` has {name!r}, which is not in dataset_info.json; allowed: {', '.join(sorted(info))}."
             )
+        check_file(name, info[name], dataset_dir)
         ranking = bool(info[name].get("ranking", False))
         tagged = "kto_tag" in (info[name].get("columns") or {})
         if kind in ("dpo", "rm") and not ranking:
@@ -159,3 +161,26 @@ def check_datasets(finetuning_args: Any, dataset_dir: Any) -> None:
                 f"`ogpsa_dataset` has {name!r}, which has no kto_tag column, but the reference loss of stage kto "
                 "needs one; allowed: a set with a kto_tag, or `ogpsa_loss: sft`."
             )
+
+
+def check_file(name: str, entry: Any, dataset_dir: Any) -> None:
+    """Check that the file of a reference set exists, where its entry in dataset_info.json names a local one.
+
+    Raises:
+        ValueError: it does not, or the entry names nothing to read.
+    """
+    sources = ("hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name")
+    if not isinstance(entry, dict) or not any(source in entry for source in sources):
+        raise ValueError(
+            f"`ogpsa_dataset` has {name!r}, whose entry in dataset_info.json does not say what to read; allowed: an "
+            f"entry with one of {', '.join(sources)}."
+        )
+    if any(source in entry for source in sources[:-1]) or isinstance(dataset_dir, dict):
+        return
+
+    path = os.path.join(dataset_dir, entry["file_name"])
+    if not os.path.isfile(path) and not (os.path.isdir(path) and os.listdir(path)):
+        raise ValueError(
+            f"`ogpsa_dataset` has {name!r}, whose `file_name` in dataset_info.json is {entry['file_name']!r}, but "
+            f"{path} is not there or is an empty folder; allowed: a file or a folder of files."
+        )

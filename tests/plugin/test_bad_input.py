@@ -155,6 +155,64 @@ def test_a_set_without_a_usable_record_is_refused_with_the_likely_causes(
         run_here(args)
 
 
+@pytest.fixture
+def no_training_set(monkeypatch):
+    """Fail the test if the training set is read; the reference sets may be."""
+    from llamafactory.data import loader
+
+    stock = loader._load_single_dataset
+
+    def load(dataset_attr, *args):
+        assert not str(dataset_attr).startswith("safety"), "the training set was read"
+        return stock(dataset_attr, *args)
+
+    monkeypatch.setattr(loader, "_load_single_dataset", load)
+
+
+@pytest.mark.usefixtures("no_model", "no_training_set")
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"file_name": "gone.json"},
+            "'odd', whose `file_name` in dataset_info.json is 'gone.json', but .*/gone.json is",
+        ),
+        ({"file_name": "hollow"}, "'odd', whose `file_name` .* is 'hollow', but .* is an empty folder"),
+        (
+            {"columns": {"prompt": "text"}},
+            "'odd', whose entry in dataset_info.json does not say what to read; allowed",
+        ),
+        ("odd.json", "'odd', whose entry in dataset_info.json does not say what to read"),
+        ({"file_name": "odd.json", "columns": {"prompt": "gone"}}, "'odd', which cannot be read .KeyError: 'gone'"),
+        ({"file_name": "odd.json", "ranking": True}, "'odd', which is a ranking set"),
+        ({"file_name": "odd.json"}, "'odd', none of whose first 200 records gives a token to learn"),
+    ],
+    ids=["no file", "empty folder", "no source", "no entry", "no column", "kind", "no answers"],
+)
+def test_what_is_wrong_with_a_reference_set_comes_before_the_training_set_is_read(
+    base_args, data_dir, tmp_path, entry, message
+):
+    broken = tmp_path / "data"
+    shutil.copytree(data_dir, broken)
+    info = json.loads((broken / "dataset_info.json").read_text())
+    (broken / "odd.json").write_text('[{"instruction": "p", "input": "", "output": null}]')
+    (broken / "hollow").mkdir()
+    (broken / "dataset_info.json").write_text(json.dumps({**info, "odd": entry}))
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **OGPSA, "dataset_dir": str(broken), "ogpsa_dataset": "helpful,odd"})
+
+
+TEXT = {"stage": "ogpsa_pt", "dataset": "safety_text", "ogpsa_dataset": "helpful_text"}
+
+
+@pytest.mark.usefixtures("no_model", "no_training_set")
+def test_a_set_that_does_not_fill_a_packed_block_is_refused_with_the_remedies(base_args):
+    remedies = "a larger `ogpsa_num_samples`.*, a smaller `cutoff_len`, or `packing: false`"
+    message = f"'helpful_text', whose first 2 records do not fill one packed block of cutoff_len 250 .*{remedies}"
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **OGPSA, **TEXT, "ogpsa_num_samples": 2, "cutoff_len": 250})
+
+
 ZERO = {"zero_optimization": {"stage": 2}}
 
 DEEPSPEED_CASES = [
