@@ -177,7 +177,7 @@ def check_seams() -> Iterator[Finding]:
         elif name.startswith("llamafactory.v1"):
             yield Finding(NOTE, name, f"{error}; with USE_V1=1 and ALLOW_EXTRA_KEYS=1 `ogpsa_*` options are ignored")
         elif error.startswith("cannot be imported"):
-            yield Finding(FAIL, name, error, f"make `python -c 'import {name}'` work; LLaMA-Factory is not whole here")
+            yield Finding(FAIL, name, error, f"fix what keeps `python -c 'import {name}'` from working")
         else:
             yield Finding(FAIL, name, error, f"install a LLaMA-Factory that OGPSA is tested with: {TESTED_WITH}")
 

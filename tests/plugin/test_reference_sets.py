@@ -1,4 +1,4 @@
-"""How reference sets are read: packed as the stage packs, under a heading of their own, with a word on what pt leaves."""
+"""How reference sets are read: packed as the stage packs, under a heading of their own, with a warning of unseen text."""
 
 import pytest
 from conftest import OGPSA, read_rows, run_here
