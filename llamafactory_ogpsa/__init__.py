@@ -5,6 +5,9 @@ package is imported by every `import torch` through its entry point (see `autolo
 """
 
 __version__ = "0.1.0"
+
+# The LLaMA-Factory versions that scripts/matrix.py tries, in words.
+TESTED_WITH = "0.9.4, 0.9.5, or 0.9.6.dev0 (its main branch of August 2026)"
 __all__ = ["Subspace"]
 
 

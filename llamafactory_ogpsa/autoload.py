@@ -8,6 +8,7 @@ the standard library alone, and it never raises: a broken installation must not 
 
 import importlib
 import importlib.abc
+import importlib.machinery
 import sys
 import threading
 
@@ -23,14 +24,15 @@ SEAMS = {
     "llamafactory.train.dpo.workflow": f"{_PLUGIN}.workflow",
     "llamafactory.train.kto.workflow": f"{_PLUGIN}.workflow",
     "llamafactory.webui.interface": f"{_PLUGIN}.board",
+    "llamafactory.v1.config.arg_parser": f"{_PLUGIN}.v1",
 }
 
 
 def apply_patch(module) -> None:
     """Let the plugin patch a LLaMA-Factory module that has just been executed.
 
-    A failure is told and swallowed: a stock run goes on, and a run that asks for OGPSA is stopped later, because
-    `plugin.parser` looks whether the seams it needs are in place.
+    A failure is printed and swallowed: a stock run goes on, and a run that asks for OGPSA is stopped later, because
+    `plugin.parser` checks that the seams it needs are in place.
     """
     try:
         importlib.import_module(SEAMS[module.__name__]).patch(module)
@@ -74,6 +76,36 @@ class SeamFinder(importlib.abc.MetaPathFinder):
         return spec
 
 
+class ExecutingSpec(importlib.machinery.ModuleSpec):
+    """The spec of a module that was already being executed when the hook came; patches the module at its end.
+
+    Python's import system clears `_initializing` when a module is complete, while it still holds the module's lock.
+    Nobody has taken a name from the module by then but those that it imports itself.
+    """
+
+    @property
+    def _initializing(self) -> bool:
+        return vars(self)["_initializing"]
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        vars(self)["_initializing"] = value
+        if not value:
+            self.__class__ = importlib.machinery.ModuleSpec
+            module = sys.modules.get(self.name)  # none where its execution failed
+            if getattr(module, "__spec__", None) is self:
+                apply_patch(module)
+
+
+def patch_imported(module) -> None:
+    """Patch a module that was imported before the hook was there: now, or when its execution is done."""
+    spec = module.__spec__
+    if type(spec) is importlib.machinery.ModuleSpec and vars(spec).get("_initializing", False):
+        spec.__class__ = ExecutingSpec
+    else:
+        apply_patch(module)
+
+
 def register() -> None:
     """Install the import hook, once. Called by `import torch`; never raises."""
     try:
@@ -83,6 +115,6 @@ def register() -> None:
         sys.meta_path.insert(0, SeamFinder())
         for name in SEAMS:
             if name in sys.modules:
-                apply_patch(sys.modules[name])
+                patch_imported(sys.modules[name])
     except Exception as err:
         print(f"llamafactory-ogpsa: OGPSA is not available: {err}", file=sys.stderr)

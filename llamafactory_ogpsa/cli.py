@@ -12,7 +12,7 @@ from .recipes.prepare import RECIPES, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the result is the exit status, 2 for what the user can mend."""
+    """Run a subcommand; the result is the exit status, 2 for what the user can fix."""
     parser = make_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and "extra" not in arguments:
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_compare(commands.add_parser("compare", help="turn results of evaluate into a table and a picture"))
     doctor = commands.add_parser(
         "doctor",
-        help="tell whether OGPSA can train here, and what to mend",
+        help="check whether OGPSA can train here, and print what to fix",
         description="Print versions, seams and devices, and what is wrong with the fix to try. "
         "Exit status: 0 where OGPSA can train, 1 otherwise.",
     )

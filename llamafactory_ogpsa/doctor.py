@@ -1,4 +1,4 @@
-"""`llamafactory-ogpsa doctor`: can OGPSA train here, and if not, what is to be mended.
+"""`llamafactory-ogpsa doctor`: can OGPSA train here, and if not, what to fix.
 
 Every check is a function that returns findings and never raises for what it looks for.
 """
@@ -8,12 +8,15 @@ import importlib
 import importlib.util
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from types import ModuleType
 
+from . import TESTED_WITH
 from .autoload import SEAMS, SeamFinder, register
 
 
@@ -46,7 +49,7 @@ def examine() -> int:
         for finding in check():
             failures += finding.state == FAIL
             print(finding, flush=True)
-    print("OGPSA can train here." if failures == 0 else f"OGPSA cannot train here: mend what is marked {FAIL}.")
+    print("OGPSA can train here." if failures == 0 else f"OGPSA cannot train here: fix what is marked {FAIL}.")
     return min(failures, 1)
 
 
@@ -87,9 +90,40 @@ def check_torch() -> Iterator[Finding]:
                 FAIL,
                 name,
                 f"cannot be imported ({error})",
-                "install versions of torch, torchvision and torchaudio that were built together, e.g. "
+                "install torch, torchvision and torchaudio that were built for the same CUDA, e.g. "
                 "pip install torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0",
             )
+
+    if "torch" in sys.modules:
+        yield compare_cuda(sys.modules["torch"].version.cuda, cuda_of("torchaudio"))
+
+
+def cuda_of(package: str) -> str | None:
+    """Return the CUDA version that a wheel of PyTorch's was built for, by its version's suffix; None if it has none."""
+    spec = importlib.util.find_spec(package)
+    path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
+    if path is None or not path.is_file():
+        return None
+    built = re.search(r"\+cu(\d+)(\d)\b", path.read_text())
+    return ".".join(built.groups()) if built else None
+
+
+def compare_cuda(torch_cuda: str | None, audio_cuda: str | None) -> Finding:
+    """Is torch built for the CUDA that torchaudio is built for?
+
+    torchaudio requires no particular torch, and a torch for another CUDA makes its import fail, and with it every
+    `llamafactory-cli train`. No resolver sees this: it is not in the packages' requirements.
+    """
+    if torch_cuda is None or audio_cuda is None or torch_cuda == audio_cuda:
+        built = "no CUDA" if torch_cuda is None else f"CUDA {torch_cuda}"
+        return Finding(OK, "torch and torchaudio", f"torch is built for {built}, torchaudio can be used with it")
+    return Finding(
+        FAIL,
+        "torch and torchaudio",
+        f"torch is built for CUDA {torch_cuda}, torchaudio for CUDA {audio_cuda}",
+        f"install a torch built for CUDA {audio_cuda} with the torchvision for it: 2.11, 2.12 and 2.14 from PyPI are "
+        f"built for CUDA 13.0, other builds are at https://download.pytorch.org/whl/cu{audio_cuda.replace('.', '')}",
+    )
 
 
 def check_hook() -> Iterator[Finding]:
@@ -108,12 +142,25 @@ def check_hook() -> Iterator[Finding]:
             FAIL,
             "import hook",
             "`import torch` did not install it",
-            "mend what is marked above; torch must be 2.5 or newer",
+            "fix what is marked above; torch must be 2.5 or newer",
         )
 
 
+def check_backends() -> Iterator[Finding]:
+    """Does an environment variable choose a backend or a trainer that has no OGPSA?"""
+    if import_error("llamafactory_ogpsa.plugin.backends"):
+        return
+
+    from .plugin.backends import BACKENDS, is_set
+
+    for variable, backend in {**BACKENDS, "USE_V1": "v1 trainer"}.items():
+        if is_set(variable):
+            text = f"{variable}={os.environ[variable]} chooses LLaMA-Factory's {backend}, where OGPSA runs are refused"
+            yield Finding(FAIL, "backend", text, f"unset {variable}")
+
+
 def is_hooked() -> bool:
-    """Tell whether the import hook is installed in this process."""
+    """Return whether the import hook is installed in this process."""
     return any(isinstance(finder, SeamFinder) for finder in sys.meta_path)
 
 
@@ -127,8 +174,19 @@ def check_seams() -> Iterator[Finding]:
             yield Finding(OK, name, "patched" if hooked else "would be patched by the import hook")
         elif name.startswith("llamafactory.webui"):
             yield Finding(NOTE, name, f"{error}; the web UI runs without OGPSA, training is not affected")
+        elif name.startswith("llamafactory.v1"):
+            yield Finding(NOTE, name, f"{error}; with USE_V1=1 and ALLOW_EXTRA_KEYS=1 `ogpsa_*` options are ignored")
+        elif error.startswith("cannot be imported"):
+            yield Finding(FAIL, name, error, f"fix what keeps `python -c 'import {name}'` from working")
         else:
-            yield Finding(FAIL, name, error, "install a LLaMA-Factory that the README names (0.9.4 or 0.9.5)")
+            yield Finding(FAIL, name, error, f"install a LLaMA-Factory that OGPSA is tested with: {TESTED_WITH}")
+
+    parser = sys.modules.get("llamafactory.hparams.parser")
+    if parser is not None and not import_error("llamafactory_ogpsa.plugin.parser"):
+        from .plugin.parser import other_parsers
+
+        for name in other_parsers(parser):
+            yield Finding(NOTE, "llamafactory.hparams.parser", f"OGPSA runs of another backend's {name} are refused")
 
 
 def seam_error(name: str) -> str | None:
@@ -162,9 +220,9 @@ def workflow_error(stage: str) -> str | None:
 
 
 def is_wrapped(module: ModuleType) -> bool:
-    """Tell whether the function that OGPSA replaces in the parser or the web UI is a wrapper of the stock one."""
-    name = {"parser": "get_train_args", "interface": "create_ui"}[module.__name__.rpartition(".")[2]]
-    return hasattr(getattr(module, name), "__wrapped__")
+    """Return whether the function that OGPSA replaces in a parser or the web UI is a wrapper of the stock one."""
+    replaced = {"parser": "get_train_args", "interface": "create_ui", "arg_parser": "get_args"}
+    return hasattr(getattr(module, replaced[module.__name__.rpartition(".")[2]]), "__wrapped__")
 
 
 def check_devices() -> Iterator[Finding]:
@@ -229,7 +287,7 @@ def import_error(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as err:
-        return f"{type(err).__name__}: {' '.join(str(err).split())[:200]}"
+        return f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
     return None
 
 
@@ -238,6 +296,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_entry_point,
     check_torch,
     check_hook,
+    check_backends,
     check_seams,
     check_devices,
     check_triton,

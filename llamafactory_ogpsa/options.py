@@ -83,11 +83,11 @@ class Settings:
     )
     loss: str = _option(
         str,
-        "The reference loss. stage: the loss of the training stage; sft: the SFT loss, for datasets without rankings "
-        "or tags in the DPO and KTO stages.",
+        "The reference loss. auto: what each dataset is for, the loss of the training stage for rankings and tagged "
+        "records and the SFT loss for plain ones in the DPO and KTO stages; stage, sft: that one for all.",
         "Reference data",
-        default="stage",
-        choices=("stage", "sft"),
+        default="auto",
+        choices=("auto", "stage", "sft"),
     )
     batch_size: int | None = _option(
         int,

@@ -125,5 +125,56 @@ def test_an_unknown_layout_refuses_ogpsa_and_runs_stock(base_args, tmp_path):
 
 
 @pytest.mark.cli
+@pytest.mark.parametrize(
+    ("module", "replaced"),
+    [
+        ("llamafactory.train.sft.workflow", "run_sft"),
+        ("llamafactory.webui.interface", "create_ui"),
+        ("llamafactory.v1.config.arg_parser", "get_args"),
+    ],
+)
+def test_a_module_whose_import_is_the_first_to_import_torch_is_patched_when_it_is_done(module, replaced):
+    wrapped, spec, errors = python(f"""
+        import contextlib, io, json
+        errors = io.StringIO()
+        with contextlib.redirect_stderr(errors):
+            import {module} as module
+        lines = [line for line in errors.getvalue().splitlines() if "OGPSA" in line]
+        print(json.dumps([hasattr(module.{replaced}, "__wrapped__"), type(module.__spec__).__name__, lines]))
+    """)
+    assert wrapped
+    assert spec == "ModuleSpec"
+    assert errors == []
+
+
+EXECUTING = """
+    import json, sys, types
+    from llamafactory_ogpsa import autoload
+
+    patched = []
+    plugin = types.ModuleType("plugin_of_the_test")
+    plugin.patch = lambda module: patched.append([name for name in ("early", "late") if hasattr(module, name)])
+    sys.modules["plugin_of_the_test"] = plugin
+    autoload.SEAMS.clear()
+    autoload.SEAMS["seam"] = "plugin_of_the_test"
+    sys.path.insert(0, ".")
+    try:
+        import seam
+    except RuntimeError:
+        pass
+    print(json.dumps([patched, autoload.SeamFinder in map(type, sys.meta_path)]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "patched"), [("late = 1", [["early", "late"]]), ("raise RuntimeError", [])], ids=["done", "failed"]
+)
+def test_a_module_that_is_being_executed_is_patched_at_its_end_or_not_at_all(tmp_path, monkeypatch, end, patched):
+    (tmp_path / "seam.py").write_text(f"early = 1\nimport llamafactory_ogpsa.autoload as a\na.register()\n{end}\n")
+    monkeypatch.chdir(tmp_path)
+    assert python(EXECUTING) == [patched, True]
+
+
+@pytest.mark.cli
 def test_the_version_command_is_not_touched():
     assert "OGPSA" not in cli("version").stdout

@@ -94,6 +94,45 @@ def test_companions_built_for_another_cuda_are_diagnosed(monkeypatch, tmp_path):
     assert "torchaudio==2.11.0" in finding.fix
 
 
+@pytest.mark.parametrize(
+    ("torch_cuda", "audio_cuda", "state"),
+    [("13.0", "13.0", doctor.OK), ("13.2", "13.0", doctor.FAIL), (None, "13.0", doctor.OK), ("13.0", None, doctor.OK)],
+)
+def test_a_torch_for_another_cuda_than_torchaudio_is_diagnosed(torch_cuda, audio_cuda, state):
+    finding = doctor.compare_cuda(torch_cuda, audio_cuda)
+    assert finding.state == state
+    if state == doctor.FAIL:
+        assert "torch is built for CUDA 13.2, torchaudio for CUDA 13.0" in finding.text
+        assert finding.fix.startswith("install a torch built for CUDA 13.0")
+        assert finding.fix.endswith("/whl/cu130")
+
+
+@pytest.mark.parametrize(
+    ("written", "cuda"), [("2.11.0+cu130", "13.0"), ("2.6.0+cu124", "12.4"), ("2.6.0", None), ("2.6.0+rocm6.2", None)]
+)
+def test_the_cuda_of_a_wheel_is_read_without_importing_it(monkeypatch, tmp_path, written, cuda):
+    (tmp_path / "wheel_of_torch").mkdir()
+    (tmp_path / "wheel_of_torch" / "__init__.py").write_text("raise RuntimeError")
+    (tmp_path / "wheel_of_torch" / "version.py").write_text(f"__version__ = '{written}'\ngit_version = '34c52a'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.cuda_of("wheel_of_torch") == cuda
+    assert doctor.cuda_of("not_installed_at_all") is None
+
+
+@pytest.mark.parametrize("variable", ["USE_MCA", "USE_MEGATRON_BRIDGE", "USE_KT", "USE_V1"])
+def test_a_backend_that_refuses_ogpsa_is_diagnosed(monkeypatch, variable):
+    assert failures(doctor.check_backends) == []
+    monkeypatch.setenv(variable, "1")
+    (finding,) = failures(doctor.check_backends)
+    assert finding.text.startswith(f"{variable}=1 chooses LLaMA-Factory's ")
+    assert finding.fix == f"unset {variable}"
+
+
+def test_further_argument_lists_are_noted():
+    notes = [finding.text for finding in doctor.check_seams() if finding.state == doctor.NOTE]
+    assert "OGPSA runs of another backend's _parse_train_mca_args are refused" in notes
+
+
 def test_a_missing_package_fails_where_it_is_required(monkeypatch):
     def version(name):
         if name in ("peft", "deepspeed"):
@@ -131,7 +170,7 @@ def test_what_the_hook_says_of_a_seam_is_told_and_a_broken_web_ui_is_no_obstacle
     code = (
         "import sys, torch; from llamafactory_ogpsa import autoload, doctor\n"
         "for name in sys.argv[1:]: autoload.SEAMS[name] = 'llamafactory_ogpsa.nowhere'\n"
-        "print([(f.state, f.subject, f.text) for f in doctor.check_seams() if f.state != 'ok'])"
+        "print([(f.state, f.subject, f.text) for f in doctor.check_seams() if f.subject in sys.argv])"
     )
     broken = ["llamafactory.train.kto.workflow", "llamafactory.webui.interface"]
     process = subprocess.run([sys.executable, "-c", code, *broken], capture_output=True, text=True, check=True)

@@ -1,5 +1,6 @@
-"""What scripts/matrix.py says of an environment in which nothing works, and which Pythons it takes."""
+"""What scripts/matrix.py says of an environment in which nothing works, which Pythons it takes, and what it compares."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import matrix
+
+from llamafactory_ogpsa import TESTED_WITH
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,88 @@ def test_a_python_that_does_not_run_is_not_there(tmp_path, monkeypatch, status):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert matrix.find_python("3.99") == (str(shim) if status == 0 else None)
     assert matrix.find_python("3.98") is None
+
+
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="good"/>
+<testcase classname="tests.a" name="bad"><failure/></testcase>
+<testcase classname="tests.a" name="late"/><testcase classname="tests.a" name="late"><error/></testcase>
+<testcase classname="tests.a" name="left"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_report_is_read_test_by_test_and_summed_up(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    results = matrix.read_report(tmp_path / "report.xml")
+    expected = {"good": "passed", "bad": "failed", "late": "failed", "left": "skipped"}
+    assert results == {f"tests.a::{name}": result for name, result in expected.items()}
+    assert matrix.summarise(results) == "1 passed, 2 failed, 1 skipped"
+
+
+def test_what_differs_with_and_without_the_package_is_named():
+    same = {"a": "passed", "b": "failed"}
+    assert matrix.differences(same, dict(same)) == []
+    assert matrix.differences({**same, "a": "failed"}, {**same, "c": "passed"}) == [
+        "  differs: a: failed with, passed without",
+        "  differs: c: not run with, passed without",
+    ]
+    assert matrix.differences("the tests do not start: x", same) == ["  cannot be compared: the tests do not start: x"]
+
+
+RESULTS = {"ours": {"o": "passed"}, "tests": {"a": "passed", "b": "failed"}, "tests_v1": {"c": "skipped"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({}, 0),
+        ({("tests", False): {"a": "passed", "b": "passed"}}, 1),
+        ({("ours", True): {"o": "failed"}}, 1),
+        ({("ours", True): "the tests do not start: x"}, 1),
+        ({("ours", True): {"o": "skipped"}}, 1),
+    ],
+    ids=["equal", "differs", "ours fail", "ours do not start", "ours are all skipped"],
+)
+def test_a_source_passes_where_ours_pass_and_its_own_do_not_differ(tmp_path, monkeypatch, capsys, change, status):
+    source = tmp_path / "source"
+    for name in ("src/llamafactory", "tests", "tests_v1", ".git"):
+        (source / name).mkdir(parents=True)
+    steps = []
+
+    def run_tests(folder, root, tests, *options):
+        installed = "uninstall" not in steps
+        name = "ours" if root == matrix.ROOT else tests[0]
+        assert root == matrix.ROOT or (root != source and (root / tests[0]).is_dir() and not (root / ".git").exists())
+        steps.append((name, installed))
+        return change.get((name, installed), RESULTS[name])
+
+    monkeypatch.setattr(matrix, "run_tests", run_tests)
+    monkeypatch.setattr(matrix, "install", lambda python, folder, requirements: steps.append("install"))
+    monkeypatch.setattr(matrix.subprocess, "run", lambda command, **kwargs: steps.append(command[3]))
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--source", str(source)])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == status
+    assert steps == [
+        "install",
+        ("ours", True),
+        ("tests", True),
+        ("tests_v1", True),
+        "uninstall",
+        ("tests", False),
+        ("tests_v1", False),
+    ]
+    assert ("differs: b: failed with, passed without" in capsys.readouterr().out) is (("tests", False) in change)
+
+
+def test_a_folder_that_is_no_llamafactory_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--source", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == 2
+    assert "allowed: a folder with LLaMA-Factory's src/llamafactory" in capsys.readouterr().err
+
+
+def test_the_versions_that_errors_name_are_those_that_are_tried():
+    tried = {re.search(r"lf(\S+)", environment.name)[1] for environment in matrix.ENVIRONMENTS}
+    assert tried == set(re.findall(r"\d+\.\d+\.\d+(?=,)", TESTED_WITH))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import OGPSA, read_rows, run_cli
+from packaging.requirements import Requirement
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,14 @@ def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
     assert all(name.startswith("llamafactory_ogpsa") for name in names)  # nothing is left behind by an uninstallation
     assert dict(entry_points["torch.backends"]) == {"llamafactory_ogpsa": "llamafactory_ogpsa.autoload:register"}
     assert "Requires-Dist: llamafactory>=0.9.4" in metadata
-    assert "torch<2.12" in metadata or "<2.12" in metadata
+    (torch,) = (line for line in metadata.splitlines() if line.startswith("Requires-Dist: torch"))
+    allowed = Requirement(torch.partition(": ")[2]).specifier
+    # 2.15 is the first that is built for another CUDA than torchaudio 2.11.
+    assert [version for version in ("2.5.1", "2.6.0", "2.11.0", "2.14.1", "2.15.0") if version in allowed] == [
+        "2.6.0",
+        "2.11.0",
+        "2.14.1",
+    ]
 
 
 @pytest.mark.cli

@@ -1,6 +1,5 @@
 """The `ogpsa_*` options as fields of LLaMA-Factory's finetuning arguments."""
 
-import os
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -39,23 +38,6 @@ def refuse_backends(arguments: Any) -> None:
             "its own); allowed: False."
         )
     refuse_finetuning_optimizers(arguments)
-
-
-def refuse_environment(arguments: dict[str, Any] | list[str]) -> None:
-    """Refuse the backends that environment variables choose, before they take the parsing over.
-
-    Args:
-        arguments: what the user gave, as LLaMA-Factory reads it: a dict from a file, or a command line.
-
-    Raises:
-        ValueError: the arguments ask for OGPSA and such a variable is set.
-    """
-    values = arguments.values() if isinstance(arguments, dict) else arguments
-    given = [value.rpartition("=")[2] for value in values if isinstance(value, str)]
-    spellings = {PREFIX + name for name in STAGES + FINETUNING_TYPES}
-    for variable, backend in {"USE_MCA": "Megatron", "USE_KT": "KTransformers"}.items():
-        if os.getenv(variable, "0").lower() in ("true", "y", "1") and spellings & set(given):
-            raise ValueError(f"`{variable}` is set: OGPSA does not support the {backend} backend; allowed: unset.")
 
 
 def split_prefix(value: Any) -> tuple[Any, bool]:

@@ -68,20 +68,20 @@ LOCALES = {
     "ogpsa_loss": {
         "en": {
             "label": "Reference loss",
-            "info": "The loss of the stage, or sft for sets without rankings in DPO and KTO.",
+            "info": "auto follows the sets: the stage's loss for rankings and tags, sft for plain records.",
         },
         "ru": {
             "label": "Опорная функция потерь",
-            "info": "Потери этапа или sft для наборов без ранжирования в DPO и KTO.",
+            "info": "auto следует за наборами: потери этапа для ранжирования и меток, sft для обычных записей.",
         },
-        "zh": {"label": "参考损失", "info": "训练阶段自身的损失；DPO 和 KTO 中使用非偏好数据集时选 sft。"},
+        "zh": {"label": "参考损失", "info": "auto 由数据集决定：偏好或带标签的数据用训练阶段的损失，普通数据用 sft。"},
         "ko": {
             "label": "참조 손실",
-            "info": "학습 단계의 손실. DPO와 KTO에서 랭킹이 없는 데이터셋에는 sft를 사용합니다.",
+            "info": "auto는 데이터셋을 따릅니다. 랭킹이나 태그가 있으면 학습 단계의 손실, 일반 데이터는 sft.",
         },
         "ja": {
             "label": "参照損失",
-            "info": "学習段階の損失。DPO と KTO でランキングのないセットには sft を選びます。",
+            "info": "auto はセットに従います。ランキングやタグには学習段階の損失、通常のデータには sft。",
         },
     },
     "ogpsa_basis_device": {

@@ -15,7 +15,7 @@ from .board_locales import alert, label
 from .board_plot import show_figure
 from .distributed import check_deepspeed
 from .optimizers import refuse_optim
-from .parser import check_datasets, known_datasets
+from .reference_info import check_datasets, known_datasets
 
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def find_wrong_set(options: Any, info: dict[str, Any], lang: str) -> str:
         return alert("err_ogpsa_unknown", lang, ", ".join(unknown))
     unfit = [name for name in names if not fits(name, info, stage, loss)]
     if unfit:
-        needs = {"dpo": "ranking", "rm": "ranking", "kto": "tags"}.get(stage if loss == "stage" else "sft", "plain")
+        kinds = {"rm": "ranking"} if loss != "stage" else {"dpo": "ranking", "rm": "ranking", "kto": "tags"}
+        needs = kinds.get(stage, "plain")
         return alert(f"err_ogpsa_needs_{needs}", lang, ", ".join(unfit))
     return ""

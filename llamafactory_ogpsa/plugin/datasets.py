@@ -1,12 +1,16 @@
 """Reference sets through LLaMA-Factory's own dataset machinery: dataset_info.json, template, tokenizer, processors."""
 
 import copy
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from ..noise import preserve_random_state
+from .reference_info import choose_loss, known_datasets
 
 
 class LoadedSet(NamedTuple):
@@ -23,6 +27,11 @@ class LoadedSet(NamedTuple):
     loss: str
 
 
+logger = logging.getLogger("llamafactory.ogpsa")
+
+# A set that dataset_info.json is not at hand to describe is taken to be of the stage's kind.
+_UNKNOWN = {"ranking": True, "columns": {"kto_tag": "kto_tag"}}
+
 # What `get_dataset` calls the data of each training stage.
 _DATA_STAGES = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm", "kto": "kto"}
 
@@ -36,7 +45,7 @@ _EMPTY = (
 )
 
 
-def reference_data_args(data_args: Any, name: str, num_samples: int) -> Any:
+def reference_data_args(data_args: Any, name: str, num_samples: int, packing: bool) -> Any:
     """Return the run's data arguments, changed to load the first `num_samples` records of one reference set.
 
     A copy, not a new instance: LLaMA-Factory's `__post_init__` is not idempotent (packing shortens cutoff_len).
@@ -45,7 +54,32 @@ def reference_data_args(data_args: Any, name: str, num_samples: int) -> Any:
     arguments.dataset, arguments.eval_dataset, arguments.val_size = [name], None, 0.0
     arguments.max_samples, arguments.streaming, arguments.tokenized_path = num_samples, False, None
     arguments.mix_strategy, arguments.interleave_probs = "concat", None
+    arguments.packing, arguments.neat_packing = packing, packing and data_args.neat_packing
     return arguments
+
+
+def has_media_tokens(template: Any) -> bool:
+    """Return whether a template is that of a multimodal model, whose collator adds an image or sound to a text batch."""
+    plugin = template.mm_plugin
+    return plugin.image_token is not None or plugin.audio_token is not None
+
+
+def packs_reference_sets(stage: str, data_args: Any, model_args: Any, template: Any) -> bool:
+    """Decide whether reference samples are packed, as those that the run trains on are.
+
+    LLaMA-Factory packs in the stages pt and sft alone, whatever is given in the others. Neat packing keeps the samples
+    of a sequence apart, so that a loss is the same without it; and with it, LLaMA-Factory cannot collate a batch without
+    images for a multimodal model. There reference samples are packed for FlashAttention 2 only, where unpacked batches
+    cannot be collated.
+    """
+    if stage not in ("pt", "sft") or not data_args.packing:
+        return False
+    return not (data_args.neat_packing and has_media_tokens(template)) or model_args.flash_attn == "fa2"
+
+
+def without_media(samples: Iterable[dict[str, Any]]) -> int:
+    """Return the number of samples that have neither an image, a video nor a sound."""
+    return sum(not any(sample.get(key) for key in ("images", "videos", "audios")) for sample in samples)
 
 
 def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int:
@@ -62,7 +96,7 @@ def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int
 
 
 def found_no_record(err: BaseException | None) -> bool:
-    """Tell whether loading a set failed because it has no record, or none that was converted."""
+    """Return whether loading a set failed because it has no record, or none that was converted."""
     if err is None:
         return False
     return any(words in f"{type(err).__name__}: {err}" for words in _EMPTY) or found_no_record(err.__cause__)
@@ -96,21 +130,21 @@ def load_reference_sets(
         one set a dataset name.
 
     Raises:
-        ValueError: a set has no usable sample after tokenising.
+        ValueError: a set has no usable sample after tokenising, or cannot be collated.
     """
-    loss = "sft" if finetuning_args.ogpsa_loss == "sft" and finetuning_args.stage != "sft" else "stage"
-    data_stage = "sft" if loss == "sft" else _DATA_STAGES[finetuning_args.stage]
+    info = known_datasets(data_args.dataset_dir) or {}
+    num_samples = finetuning_args.ogpsa_num_samples
+    packing = packs_reference_sets(finetuning_args.stage, data_args, model_args, template)
     sets = []
     for name in finetuning_args.ogpsa_dataset:
-        arguments = reference_data_args(data_args, name, finetuning_args.ogpsa_num_samples)
-        no_sample = ValueError(
-            f"`ogpsa_dataset` has {name!r}, none of whose first {finetuning_args.ogpsa_num_samples} records gives a "
-            f"token to learn at cutoff_len {data_args.cutoff_len}; allowed: a set with at least one usable record. "
-            "Likely causes: the file has no records; they have no answers where `columns` and `tags` in "
-            "dataset_info.json look for them; or `cutoff_len` is too small, so that nothing is left of the answers."
-        )
-        with preserve_random_state(torch.device("cpu")):
+        loss = choose_loss(finetuning_args.stage, finetuning_args.ogpsa_loss, info.get(name, _UNKNOWN))
+        data_stage = "sft" if loss == "sft" else _DATA_STAGES[finetuning_args.stage]
+        arguments = reference_data_args(data_args, name, num_samples, packing)
+        no_sample = no_usable_sample(name, num_samples, arguments, data_stage)
+        with preserve_random_state(torch.device("cpu")), redirect_stdout(ReferenceHeading(sys.stdout, name)):
             try:
+                if data_stage == "pt" and training_args.should_log:
+                    warn_of_unseen_answers(name, model_args, arguments, training_args)
                 module = get_dataset(template, model_args, arguments, training_args, data_stage, tokenizer, processor)
             except Exception as err:
                 if found_no_record(err):
@@ -124,7 +158,14 @@ def load_reference_sets(
         usable = [i for i, sample in enumerate(samples or []) if count_tokens(sample) > 0]
         if not usable:
             raise no_sample
-        sets.append(LoadedSet(name, samples.select(usable), loss))
+        samples = samples.select(usable)
+        if arguments.neat_packing and has_media_tokens(template) and without_media(samples):
+            raise ValueError(
+                f"`neat_packing` is True with FlashAttention 2, and {name!r} of `ogpsa_dataset` gives packed sequences "
+                "without images, which LLaMA-Factory cannot collate for a multimodal model; allowed: "
+                "`neat_packing: false`, another `flash_attn`, or a set whose records all have images."
+            )
+        sets.append(LoadedSet(name, samples, loss))
 
     needed = finetuning_args.ogpsa_rank or len(sets)
     for reference in sets:
@@ -135,3 +176,77 @@ def load_reference_sets(
                 f"{len(reference.samples)} usable samples; allowed: at most {len(reference.samples) * len(sets)}."
             )
     return sets
+
+
+def no_usable_sample(name: str, num_samples: int, arguments: Any, data_stage: str) -> ValueError:
+    """Return the error of a reference set that gives no sample, with the likely causes.
+
+    Args:
+        name: the set's name.
+        num_samples: how many of its records are read.
+        arguments: the data arguments that it is read with.
+        data_stage: how LLaMA-Factory processes it: `pt`, `sft`, `rm` or `kto`.
+    """
+    if data_stage == "pt" and arguments.packing:
+        return ValueError(
+            f"`ogpsa_dataset` has {name!r}, whose first {num_samples} records do not fill one packed block of "
+            f"cutoff_len {arguments.cutoff_len} tokens; allowed: a larger `ogpsa_num_samples` where the file has more "
+            "records, a smaller `cutoff_len`, or `packing: false`. Stage pt reads of each record the first message of "
+            "the prompt alone."
+        )
+    columns = (
+        "they have no text where `columns.prompt` in dataset_info.json looks for it, and stage pt reads nothing else"
+        if data_stage == "pt"
+        else "they have no answers where `columns` and `tags` in dataset_info.json look for them"
+    )
+    return ValueError(
+        f"`ogpsa_dataset` has {name!r}, none of whose first {num_samples} records gives a token to learn at cutoff_len "
+        f"{arguments.cutoff_len}; allowed: a set with at least one usable record. Likely causes: the file has no "
+        f"records; {columns}; or `cutoff_len` is too small, so that nothing is left of the answers."
+    )
+
+
+def warn_of_unseen_answers(name: str, model_args: Any, arguments: Any, training_args: Any) -> None:
+    """Warn where records of a set have more than stage pt learns: the first message of their prompt.
+
+    Args:
+        name: the set's name.
+        model_args: the run's, for the folder of cached datasets.
+        arguments: the data arguments that the set is read with.
+        training_args: the run's.
+    """
+    from llamafactory.data import loader
+
+    read_records = getattr(loader, "_get_merged_dataset", None)
+    if read_records is None:  # in a LLaMA-Factory that is not known
+        return
+
+    records = read_records([name], model_args, arguments, training_args, "pt")
+    unseen = sum(has_unseen_text(record) for record in records)
+    if unseen:
+        logger.warning(
+            f"{unseen} of the first {len(records)} records of {name!r} in `ogpsa_dataset` have answers or further "
+            "messages, which stage pt does not see: it learns the first message of the prompt alone (of plain records "
+            "the columns `prompt` and `query`). For sets of instructions and answers use stage ogpsa_sft, or put the "
+            "whole text into one column and name it as `prompt` in `columns` of dataset_info.json."
+        )
+
+
+def has_unseen_text(record: dict[str, Any]) -> bool:
+    """Return whether a record in LLaMA-Factory's own format has text that stage pt does not learn."""
+    return len(record["_prompt"]) > 1 or any(message["content"] for message in record["_response"] or [])
+
+
+class ReferenceHeading:
+    """Standard output while a reference set is read: the example that LLaMA-Factory prints gets a heading of its own."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        """Write to `stream` in the place of stock's heading that the example is of the reference set `name`."""
+        self._stream, self._name = stream, name
+
+    def write(self, text: str) -> int:
+        """Write a text, the heading replaced."""
+        return self._stream.write(f"reference example of {self._name}:" if text == "training example:" else text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from .. import TESTED_WITH
 from .datasets import load_reference_sets
 from .trainer import with_ogpsa
 
@@ -88,7 +89,7 @@ def check_seam(stage: str) -> None:
 
         raise RuntimeError(
             f"OGPSA does not know LLaMA-Factory {VERSION} (stage {stage}: {'; '.join(problems)}). Use a version that "
-            "the README names; stock stages are not affected."
+            f"it is tested with, {TESTED_WITH}; stock stages are not affected."
         )
 
 
@@ -103,9 +104,9 @@ def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
     def get_dataset(*args, **kwargs):
         call = inspect.signature(stock_get_dataset).bind(*args, **kwargs)
         call.apply_defaults()
-        dataset_module = stock_get_dataset(*args, **kwargs)
+        # First, because what is wrong with them should not come up after hours of tokenising the training set.
         loaded.update(sets=load_reference_sets(stock_get_dataset, finetuning_args, **call.arguments), **call.arguments)
-        return dataset_module
+        return stock_get_dataset(*args, **kwargs)
 
     names = {"get_dataset": get_dataset}
     names[TRAINERS[stage]] = with_ogpsa(getattr(modules[1], TRAINERS[stage]), stage, finetuning_args, loaded)

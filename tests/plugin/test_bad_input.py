@@ -17,15 +17,18 @@ CASES = [
     ({"ogpsa_dataset": "helpful,helpful"}, "helpful is in it twice"),
     ({"ogpsa_dataset": "helpful_pairs"}, "'helpful_pairs', which is a ranking set.*plain records.*without rankings"),
     (
-        {"stage": "ogpsa_dpo", "dataset": "safety_pairs"},
-        "'helpful', which has no rankings.*allowed: a set with rankings, or `ogpsa_loss: sft`",
+        {"stage": "ogpsa_dpo", "dataset": "safety_pairs", "ogpsa_loss": "stage"},
+        "'helpful', which has no rankings.*allowed: a set with rankings, or `ogpsa_loss: auto`",
     ),
     (
         {"stage": "ogpsa_dpo", "ogpsa_loss": "sft", "ogpsa_dataset": "helpful_pairs"},
-        "which is a ranking set.*set `ogpsa_loss: stage`",
+        "which is a ranking set.*set `ogpsa_loss: auto`",
     ),
     ({"stage": "ogpsa_rm"}, "'helpful', which has no rankings.*allowed: a set with rankings\\."),
-    ({"stage": "ogpsa_kto", "dataset": "safety_kto"}, "no kto_tag column.*or `ogpsa_loss: sft`"),
+    (
+        {"stage": "ogpsa_kto", "dataset": "safety_kto", "ogpsa_loss": "stage"},
+        "no kto_tag column.*or `ogpsa_loss: auto`",
+    ),
     ({"stage": "ogpsa_pt", "ogpsa_loss": "sft"}, "`ogpsa_loss` is 'sft', which stage pt"),
     *[
         ({name: value}, f"`{name}` is {value!r}; allowed: a positive integer".replace(".", "\\."))
@@ -47,7 +50,7 @@ CASES = [
         "`ogpsa_rank` is 4097; allowed with `ogpsa_scope: inputs`: 1 to 4096",
     ),
     ({"ogpsa_method": "threshold"}, "`ogpsa_method` is 'threshold'; allowed: orthogonal, conflict, monitor"),
-    ({"ogpsa_loss": "dpo"}, "`ogpsa_loss` is 'dpo'; allowed: stage, sft"),
+    ({"ogpsa_loss": "dpo"}, "`ogpsa_loss` is 'dpo'; allowed: auto, stage, sft"),
     ({"ogpsa_basis_device": "gpu"}, "`ogpsa_basis_device` is 'gpu'; allowed: auto, accelerator, cpu"),
     ({"ogpsa_basis_dtype": "float16"}, "`ogpsa_basis_dtype` is 'float16'; allowed: auto, float32, bfloat16"),
     ({"ogpsa_kernel": "cuda"}, "`ogpsa_kernel` is 'cuda'; allowed: auto, triton, torch"),
@@ -98,11 +101,43 @@ def test_triton_is_refused_where_it_cannot_run(base_args, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_model")
-@pytest.mark.parametrize(("variable", "backend"), [("USE_MCA", "Megatron"), ("USE_KT", "KTransformers")])
-def test_other_backends_are_refused(base_args, monkeypatch, variable, backend):
+@pytest.mark.parametrize(
+    ("variable", "backend"),
+    [("USE_MCA", "Megatron"), ("USE_MEGATRON_BRIDGE", "Megatron Bridge"), ("USE_KT", "KTransformers")],
+)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(OGPSA, "`stage: ogpsa_sft`, `ogpsa_dataset`"), ({"ogpsa_dataset": "helpful"}, "`ogpsa_dataset`")],
+    ids=["stage", "option"],
+)
+def test_other_backends_are_refused(base_args, monkeypatch, variable, backend, change, named):
     monkeypatch.setenv(variable, "1")
-    with pytest.raises(ValueError, match=f"`{variable}` is set: OGPSA does not support the {backend} backend"):
-        run_here({**base_args, **OGPSA})
+    message = f"`{variable}` is set: OGPSA does not support the {backend} backend; allowed: unset, or .* {named}"
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asking"),
+    [
+        ({"stage": "sft", "ogpsa_rank": None, "dataset": "ogpsa_sft"}, []),
+        ({"stage": "ogpsa_sft", "ogpsa_rank": 2}, ["stage: ogpsa_sft", "ogpsa_rank"]),
+        (["--stage", "ogpsa_dpo", "--ogpsa-rank=2"], ["stage: ogpsa_dpo", "ogpsa_rank"]),
+        (["--dataset", "ogpsa_sft", "stage=sft", "finetuning_type=ogpsa_lora"], ["finetuning_type: ogpsa_lora"]),
+        (["--stage", "sft", "--do_train"], []),
+        ([], []),
+    ],
+)
+def test_what_asks_for_ogpsa_is_found_in_a_file_and_on_the_command_line(arguments, asking):
+    from llamafactory_ogpsa.plugin.backends import ogpsa_options
+
+    assert ogpsa_options(arguments) == asking
+
+
+@pytest.mark.usefixtures("no_model")
+def test_use_kt_is_refused_before_llamafactory_looks_for_its_packages(base_args):
+    with pytest.raises(ValueError, match="`use_kt` is True: OGPSA does not support the KTransformers backend"):
+        run_here({**base_args, **OGPSA, "use_kt": True})
 
 
 @pytest.mark.usefixtures("no_model")
@@ -131,6 +166,64 @@ def test_a_set_without_a_usable_record_is_refused_with_the_likely_causes(
     args = {**base_args, **OGPSA, "dataset_dir": str(broken), "ogpsa_dataset": "helpful,odd"}
     with pytest.raises(ValueError, match="`ogpsa_dataset` has 'odd', none of whose.*Likely causes: .*`cutoff_len`"):
         run_here(args)
+
+
+@pytest.fixture
+def no_training_set(monkeypatch):
+    """Fail the test if the training set is read; the reference sets may be."""
+    from llamafactory.data import loader
+
+    stock = loader._load_single_dataset
+
+    def load(dataset_attr, *args):
+        assert not str(dataset_attr).startswith("safety"), "the training set was read"
+        return stock(dataset_attr, *args)
+
+    monkeypatch.setattr(loader, "_load_single_dataset", load)
+
+
+@pytest.mark.usefixtures("no_model", "no_training_set")
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"file_name": "gone.json"},
+            "'odd', whose `file_name` in dataset_info.json is 'gone.json', but .*/gone.json is",
+        ),
+        ({"file_name": "hollow"}, "'odd', whose `file_name` .* is 'hollow', but .* is an empty folder"),
+        (
+            {"columns": {"prompt": "text"}},
+            "'odd', whose entry in dataset_info.json does not say what to read; allowed",
+        ),
+        ("odd.json", "'odd', whose entry in dataset_info.json does not say what to read"),
+        ({"file_name": "odd.json", "columns": {"prompt": "gone"}}, "'odd', which cannot be read .KeyError: 'gone'"),
+        ({"file_name": "odd.json", "ranking": True}, "'odd', which is a ranking set"),
+        ({"file_name": "odd.json"}, "'odd', none of whose first 200 records gives a token to learn"),
+    ],
+    ids=["no file", "empty folder", "no source", "no entry", "no column", "kind", "no answers"],
+)
+def test_what_is_wrong_with_a_reference_set_comes_before_the_training_set_is_read(
+    base_args, data_dir, tmp_path, entry, message
+):
+    broken = tmp_path / "data"
+    shutil.copytree(data_dir, broken)
+    info = json.loads((broken / "dataset_info.json").read_text())
+    (broken / "odd.json").write_text('[{"instruction": "p", "input": "", "output": null}]')
+    (broken / "hollow").mkdir()
+    (broken / "dataset_info.json").write_text(json.dumps({**info, "odd": entry}))
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **OGPSA, "dataset_dir": str(broken), "ogpsa_dataset": "helpful,odd"})
+
+
+TEXT = {"stage": "ogpsa_pt", "dataset": "safety_text", "ogpsa_dataset": "helpful_text"}
+
+
+@pytest.mark.usefixtures("no_model", "no_training_set")
+def test_a_set_that_does_not_fill_a_packed_block_is_refused_with_the_remedies(base_args):
+    remedies = "a larger `ogpsa_num_samples`.*, a smaller `cutoff_len`, or `packing: false`"
+    message = f"'helpful_text', whose first 2 records do not fill one packed block of cutoff_len 250 .*{remedies}"
+    with pytest.raises(ValueError, match=message):
+        run_here({**base_args, **OGPSA, **TEXT, "ogpsa_num_samples": 2, "cutoff_len": 250})
 
 
 ZERO = {"zero_optimization": {"stage": 2}}

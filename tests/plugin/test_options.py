@@ -97,7 +97,7 @@ COUNTS = [
 CHOICES = {
     "ogpsa_scope": ["parameter", "global", "inputs"],
     "ogpsa_method": ["orthogonal", "conflict", "monitor"],
-    "ogpsa_loss": ["stage", "sft"],
+    "ogpsa_loss": ["auto", "stage", "sft"],
     "ogpsa_basis_device": ["auto", "accelerator", "cpu"],
     "ogpsa_basis_dtype": ["auto", "float32", "bfloat16"],
     "ogpsa_kernel": ["auto", "torch"],
@@ -180,8 +180,10 @@ def find_wrong(stage, given):
         for name, allowed in CHOICES.items()
         if name in values and not any(same(values[name], choice) for choice in allowed)
     }
-    sets, loss = split(values.get("ogpsa_dataset")), values.get("ogpsa_loss", "stage")
+    sets, loss = split(values.get("ogpsa_dataset")), values.get("ogpsa_loss", "auto")
     allowed = SETS["" if loss == "sft" else SUFFIX[stage]]
+    if loss == "auto" and stage == "ogpsa_dpo":
+        allowed = [*allowed, *SETS[""]]
     if not sets or len({*sets}) < len(sets) or not {*sets} <= {*allowed}:
         wrong.add("ogpsa_dataset")
     if loss == "sft" and stage not in ("ogpsa_sft", "ogpsa_dpo"):

@@ -55,11 +55,11 @@ VARIANTS = {
     "simpo": {"stage": "ogpsa_dpo", "pref_loss": "simpo", **PAIRS},
     "ipo": {"stage": "ogpsa_dpo", "pref_loss": "ipo", **PAIRS},
     "bco": {"stage": "ogpsa_dpo", "pref_bco_weight": 0.5, **PAIRS},
-    "dpo with sft reference loss": {
+    # The loss follows each set: SFT's for plain records, the stage's for rankings.
+    "dpo with sets of both kinds": {
         "stage": "ogpsa_dpo",
         "dataset": "safety_pairs",
-        "ogpsa_dataset": "helpful,truthful",
-        "ogpsa_loss": "sft",
+        "ogpsa_dataset": "helpful,truthful_pairs",
     },
     "pt": {"stage": "ogpsa_pt", "dataset": "safety_text", "ogpsa_dataset": "helpful_text", "cutoff_len": 16},
     "rm": {"stage": "ogpsa_rm", "finetuning_type": "lora", **PAIRS},
@@ -74,7 +74,6 @@ VARIANTS = {
         "finetuning_type": "lora",
         "dataset": "safety_kto",
         "ogpsa_dataset": "helpful",
-        "ogpsa_loss": "sft",
     },
 }
 

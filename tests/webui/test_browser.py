@@ -143,7 +143,7 @@ def test_a_run_is_followed_finished_and_reloaded(context, server, page, model_di
         "ogpsa_rank": "4",
         "ogpsa_scope": "global",
         "ogpsa_method": "conflict",
-        "ogpsa_loss": "stage",
+        "ogpsa_loss": "auto",
         "ogpsa_basis_device": "auto",
     }
     assert {key: value for key, value in command.items() if key.startswith("ogpsa")} == options

@@ -1,0 +1,105 @@
+"""Backends and trainers of LLaMA-Factory that OGPSA has no place in: refused by name where a run asks for OGPSA.
+
+The checks read what the user gave, before LLaMA-Factory parses it: what it parses depends on the backend.
+"""
+
+import os
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+from .arguments import FINETUNING_TYPES, PREFIX, STAGES
+
+
+# The environment variables by which LLaMA-Factory takes another backend, and what the backend is called.
+BACKENDS = {"USE_MCA": "Megatron", "USE_MEGATRON_BRIDGE": "Megatron Bridge", "USE_KT": "KTransformers"}
+
+_SPELLINGS = {PREFIX + name for name in STAGES + FINETUNING_TYPES}
+
+
+def is_set(variable: str) -> bool:
+    """Return whether an environment variable is on, as LLaMA-Factory reads it."""
+    return os.getenv(variable, "0").lower() in ("true", "y", "1")
+
+
+def given_options(arguments: dict[str, Any] | list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the options that the user gave, by name.
+
+    Args:
+        arguments: as LLaMA-Factory reads them: a dict from a file, or a command line (`--name value`, `--name=value`
+            or `name=value`).
+    """
+    if isinstance(arguments, dict):
+        yield from arguments.items()
+        return
+
+    for word, following in zip_longest(arguments, arguments[1:]):
+        name, equals, value = word.partition("=")
+        if equals or word.startswith("--"):
+            yield name.removeprefix("--").replace("-", "_"), value if equals else following
+
+
+def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
+    """Return what of the given options asks for OGPSA, as the user wrote it: `ogpsa_rank`, `stage: ogpsa_sft`."""
+    asking = []
+    for name, value in given_options(arguments):
+        if value is None:
+            continue
+        if name.startswith(PREFIX):
+            asking.append(name)
+        elif name in ("stage", "finetuning_type") and value in _SPELLINGS:
+            asking.append(f"{name}: {value}")
+    return asking
+
+
+def refuse_environment(arguments: dict[str, Any] | list[str]) -> None:
+    """Refuse the backends that environment variables choose, before they take the parsing over.
+
+    Args:
+        arguments: what the user gave; see `given_options`.
+
+    Raises:
+        ValueError: the arguments ask for OGPSA and such a variable is set.
+    """
+    asking = ogpsa_options(arguments)
+    for variable, backend in BACKENDS.items():
+        if asking and is_set(variable):
+            raise ValueError(
+                f"`{variable}` is set: OGPSA does not support the {backend} backend; allowed: unset, or a run without "
+                f"{', '.join(f'`{name}`' for name in asking)}."
+            )
+
+
+def refuse_parser(name: str, arguments: dict[str, Any] | list[str]) -> None:
+    """Refuse an OGPSA run that LLaMA-Factory parses by a function that OGPSA does not know.
+
+    Args:
+        name: the function's name.
+        arguments: what the user gave; see `given_options`.
+
+    Raises:
+        ValueError: the arguments ask for OGPSA.
+    """
+    asking = ogpsa_options(arguments)
+    if asking:
+        raise ValueError(
+            f"This run is parsed by LLaMA-Factory's `{name}`, which belongs to a backend that OGPSA does not support; "
+            f"allowed: the default backend, or a run without {', '.join(f'`{option}`' for option in asking)}."
+        )
+
+
+def refuse_trainers(model_args: Any, training_args: Any) -> None:
+    """Refuse by name what the model and training arguments ask for and OGPSA cannot work with.
+
+    Raises:
+        ValueError: names the option, its value, and what is allowed.
+    """
+    if getattr(model_args, "use_kt", False):
+        raise ValueError("`use_kt` is True: OGPSA does not support the KTransformers backend; allowed: False.")
+
+    optim = str(getattr(training_args.optim, "value", training_args.optim))
+    if "lomo" in optim or "layerwise" in optim:
+        raise ValueError(
+            f"`optim` is {optim!r}, which steps inside the backward pass, where OGPSA has no "
+            "gradient to project; allowed: any other optimizer."
+        )
