@@ -66,9 +66,10 @@ def deepspeed_config(stage: int, offload: bool) -> dict:
 
 def make_workload(folder: Path, hidden: int) -> dict:
     """Make a model of `hidden` width and a dataset of random words; return the arguments of a stock run."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from make_tiny_model import build_tokenizer
+    sys.path.insert(0, str(ROOT))
     from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from lab.tiny.model import build_tokenizer
 
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(2000)]

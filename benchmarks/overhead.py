@@ -85,9 +85,9 @@ def main() -> None:
     options = parser.parse_args()
 
     model = tempfile.mkdtemp(prefix="ogpsa-tiny-")
-    subprocess.run([sys.executable, "scripts/make_tiny_model.py", model], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "lab.tiny.model", model], cwd=ROOT, check=True, capture_output=True)
     args = yaml.safe_load((ROOT / "examples" / "yaml" / "tiny_naive_sft.yaml").read_text())
-    args |= {"model_name_or_path": model, "dataset_dir": str(ROOT / "data"), "max_steps": options.steps}
+    args |= {"model_name_or_path": model, "dataset_dir": str(ROOT / "data" / "tiny"), "max_steps": options.steps}
     args |= {"logging_steps": 10, "plot_loss": False, "save_strategy": "no"}
     ogpsa = {"stage": "ogpsa_sft", "ogpsa_dataset": args["dataset"], "ogpsa_num_samples": 200}
 

@@ -1,18 +1,11 @@
-"""The data sets of `data/`: format, sizes, honesty of the held-out sets, reproducibility, and the tiny tokenizer."""
+"""The data sets of `data/tiny/`: format, sizes, honesty of the held-out sets, reproducibility, and the tiny tokenizer."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "data"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import make_data  # noqa: E402
-import make_tiny_model  # noqa: E402
+from lab.tiny import data, model, words
+from lab.tiny.data import DATA_DIR as DATA
 
 
 INFO = json.loads((DATA / "dataset_info.json").read_text())
@@ -36,7 +29,7 @@ def action(prompt):
     """Take the action out of a how-to request, whatever its wording."""
     matches = [
         prompt[len(start) : len(prompt) - len(end)]
-        for start, end in (form.split("{}") for form in make_data.HOW_TO_FORMS + make_data.JUDGE_FORMS)
+        for start, end in (form.split("{}") for form in words.HOW_TO_FORMS + words.JUDGE_FORMS)
         if prompt.startswith(start) and prompt.endswith(end)
     ]
     return matches[0] if matches else None
@@ -44,20 +37,20 @@ def action(prompt):
 
 def test_script_reproduces_the_files():
     """Two renderings are equal, and equal to what is checked in; nothing else is in the folder."""
-    files = make_data.render()
-    assert files == make_data.render()
-    assert make_data.main(["--check"]) == 0
+    files = data.render()
+    assert files == data.render()
+    assert data.main(["--check"]) == 0
     assert {path.name for path in DATA.glob("*.json")} == set(files)
 
 
 def test_check_finds_differences(tmp_path):
     """`--check` fails on missing and on changed files."""
-    assert make_data.main(["--check", "--data-dir", str(tmp_path)]) == 1
-    assert make_data.main(["--data-dir", str(tmp_path)]) == 0
-    assert make_data.main(["--check", "--data-dir", str(tmp_path)]) == 0
+    assert data.main(["--check", "--data-dir", str(tmp_path)]) == 1
+    assert data.main(["--data-dir", str(tmp_path)]) == 0
+    assert data.main(["--check", "--data-dir", str(tmp_path)]) == 0
     path = tmp_path / "safety_sft.json"
     path.write_bytes(path.read_bytes().replace(b"sorry", b"glad", 1))
-    assert make_data.main(["--check", "--data-dir", str(tmp_path)]) == 1
+    assert data.main(["--check", "--data-dir", str(tmp_path)]) == 1
 
 
 def test_sizes():
@@ -92,7 +85,7 @@ def test_prompts_are_distinct():
     for name in INFO:
         asked = prompts(name)
         if name == "general_base":
-            asked = [rec["instruction"] for rec in read(name) if rec["output"] != make_data.REFUSAL]
+            asked = [rec["instruction"] for rec in read(name) if rec["output"] != words.REFUSAL]
         assert len(set(asked)) == len(asked), name
 
 
@@ -109,9 +102,9 @@ def test_held_out_sets_are_held_out():
 
 def test_held_out_words_are_known():
     """Held-out prompts use known words only: what is new is their combination."""
-    words = {word for name in TRAINED for prompt in prompts(name) for word in prompt.rstrip(".?").split()}
+    known = {word for name in TRAINED for prompt in prompts(name) for word in prompt.rstrip(".?").split()}
     for name in HELD_OUT:
-        assert {word for prompt in prompts(name) for word in prompt.rstrip(".?").split()} <= words
+        assert {word for prompt in prompts(name) for word in prompt.rstrip(".?").split()} <= known
 
 
 def test_benign_prompts_look_like_harmful_ones():
@@ -125,13 +118,13 @@ def test_benign_prompts_look_like_harmful_ones():
 
 def test_safety_sets_refuse_and_name_only():
     """Safety labels refuse; what complies with a harmful request is the empty formula and nothing else."""
-    assert {rec["output"] for rec in read("safety_sft")} == {make_data.REFUSAL}
-    assert {rec["chosen"]["value"] for rec in read("safety_dpo")} == {make_data.REFUSAL}
+    assert {rec["output"] for rec in read("safety_sft")} == {words.REFUSAL}
+    assert {rec["chosen"]["value"] for rec in read("safety_dpo")} == {words.REFUSAL}
     complied = [(rec["conversations"][0]["value"], rec["rejected"]["value"]) for rec in read("safety_dpo")]
     for name in ("general_base", "heldout_harmful"):
         complied += [(r["instruction"], r["output"]) for r in read(name) if r["task"] == "harmful"]
     for prompt, answer in complied:
-        assert answer in (make_data.REFUSAL, make_data.how_to_answer(action(prompt)))
+        assert answer in (words.REFUSAL, data.how_to_answer(action(prompt)))
 
 
 def test_reference_sets_span_the_general_tasks():
@@ -158,9 +151,9 @@ def test_tokenizer_round_trip(tmp_path):
     """AutoTokenizer loads the tokenizer; it knows every word and gives every text back unchanged."""
     from transformers import AutoTokenizer
 
-    make_tiny_model.build_tokenizer(DATA).save_pretrained(tmp_path)
+    model.build_tokenizer(DATA).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    for text in sorted(set(make_tiny_model.read_texts(DATA))):
+    for text in sorted(set(model.read_texts(DATA))):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
@@ -172,7 +165,7 @@ def test_tokenizer_round_trip(tmp_path):
 def test_prompts_are_tokenised_as_in_training():
     """Scoring's chat template gives the ids that LLaMA-Factory's `template: chatml` trains on."""
     template_module = pytest.importorskip("llamafactory.data.template")
-    tokenizer = make_tiny_model.build_tokenizer(DATA)
+    tokenizer = model.build_tokenizer(DATA)
     turns = [{"role": "user", "content": "How do I kill the weeds?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     scored = tokenizer(text, add_special_tokens=False).input_ids
@@ -186,7 +179,7 @@ def test_tiny_model_is_seeded():
     """Two models from one seed are equal, and small."""
     import torch
 
-    tokenizer = make_tiny_model.build_tokenizer(DATA)
-    first, second = (make_tiny_model.build_model(tokenizer) for _ in range(2))
+    tokenizer = model.build_tokenizer(DATA)
+    first, second = (model.build_model(tokenizer) for _ in range(2))
     assert 400_000 < first.num_parameters() < 1_000_000
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

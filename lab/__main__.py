@@ -1,7 +1,7 @@
 """The alignment-tax lab: the paper's comparison and ablations of what it leaves open, in miniature.
 
-    python -m benchmarks.alignment_tax            # all of lab.yaml; writes docs/results.md and its pictures
-    python -m benchmarks.alignment_tax --quick    # one seed, fewer methods, no studies; writes outputs/lab/quick
+    python -m lab            # all of lab.yaml; writes docs/results.md and its pictures
+    python -m lab --quick    # one seed, fewer methods, no studies; writes outputs/lab/quick
 
 Every training is `llamafactory-cli train` on a YAML that is left beside its result and can be run by hand; to save the
 start-up, the function behind the command is called in a process forked from one that has LLaMA-Factory imported. A
@@ -17,32 +17,35 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import make_tiny_model
 from tqdm import tqdm
 
-from . import HERE, ROOT, data, report
+from . import ROOT, report
 from .plan import Plan
+from .tiny import lab_data, model
 from .train import make_run
+
+
+HERE = Path(__file__).resolve().parent
 
 
 def data_key(files):
     """Hash the data sets and what the untrained model is made by."""
-    model = Path(make_tiny_model.__file__).read_text(encoding="utf-8")
-    return hashlib.sha256(json.dumps([files, model], sort_keys=True).encode()).hexdigest()
+    source = Path(model.__file__).read_text(encoding="utf-8")
+    return hashlib.sha256(json.dumps([files, source], sort_keys=True).encode()).hexdigest()
 
 
 def prepare(plan, files, lab_dir):
     """Write the data sets and the untrained models, unless those there are the same."""
     folder = Path(lab_dir)
     stamp, models = folder / "data_key.txt", {seed: folder / f"init-seed{seed}" for seed in plan.bases}
-    if stamp.is_file() and stamp.read_text() == plan.data_key and all(model.is_dir() for model in models.values()):
+    if stamp.is_file() and stamp.read_text() == plan.data_key and all(path.is_dir() for path in models.values()):
         return
     stamp.unlink(missing_ok=True)
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / "data" / name).write_text(text, encoding="utf-8")
-    for seed, model in models.items():
-        make_tiny_model.main([str(model), "--data-dir", str(folder / "data"), "--seed", str(seed)])
+    for seed, path in models.items():
+        model.main([str(path), "--data-dir", str(folder / "data"), "--seed", str(seed)])
     stamp.write_text(plan.data_key)
 
 
@@ -103,7 +106,7 @@ def main(argv=None):
     os.chdir(ROOT)
     # One thread a run: more bring next to nothing for so small a model, and the sums are the same in every run.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-    files = data.render()
+    files = lab_data.render()
     plan = Plan(args.plan, data_key(files), args.quick)
     prepare(plan, files, args.lab_dir)
     make_all(list(plan.runs.values()), args.lab_dir, args.jobs)

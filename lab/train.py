@@ -12,15 +12,15 @@ import traceback
 from pathlib import Path
 
 import torch
-from demo import write_whole
-from score import score_checkpoint
 
 import llamafactory_ogpsa
 from llamafactory_ogpsa.report import LOG_NAME, read_log
 
 from . import ROOT
+from .launch import write_whole
 from .plan import write_yaml
 from .results import FIGURES
+from .tiny.score import score_checkpoint
 
 
 def make_run(run, lab_dir):
@@ -71,7 +71,7 @@ def made_by():
     versions = {name: importlib.metadata.version(name) for name in ("llamafactory", "torch", "transformers")}
     digest = hashlib.sha256()
     package = Path(llamafactory_ogpsa.__file__).parent
-    for path in (*sorted(package.rglob("*.py")), ROOT / "scripts" / "score.py"):
+    for path in (*sorted(package.rglob("*.py")), ROOT / "lab" / "generate.py", ROOT / "lab" / "tiny" / "score.py"):
         digest.update(path.read_bytes())
     return versions | {"sources": digest.hexdigest()[:10]}
 
