@@ -38,7 +38,7 @@ def write_whole(path, text):
     partial.replace(path)
 
 
-def train(title, config, log_dir, environment):
+def train(title, config, log_dir, environment, overrides=()):
     """Run `llamafactory-cli train` on a YAML, its progress in one line, its output in a log.
 
     Args:
@@ -46,6 +46,7 @@ def train(title, config, log_dir, environment):
         config: The YAML, relative to the repository.
         log_dir: Folder of the log, which is named like the YAML.
         environment: Variables set where the environment does not set them already.
+        overrides: Options that take the place of the YAML's, each `name=value`.
 
     Returns:
         Seconds it took.
@@ -54,7 +55,7 @@ def train(title, config, log_dir, environment):
         SystemExit: If the run fails; the end of its output is printed first.
     """
     start = time.time()
-    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(config)]
+    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(config), *overrides]
     last_lines = deque(maxlen=60)
     with (
         open(Path(log_dir) / f"{Path(config).stem}.log", "wb") as log,
