@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_STAMP := $(VENV)/.model
 
-.PHONY: demo demo-tiny lab test lint format data clean
+.PHONY: demo demo-tiny lab lab-real test lint format data clean
 
 demo: $(STAMP) $(MODEL_STAMP)
 	$(BIN)/python -m lab.demo
@@ -15,9 +15,13 @@ demo: $(STAMP) $(MODEL_STAMP)
 demo-tiny: $(STAMP)
 	$(BIN)/python -m lab.tiny.demo
 
-# All of lab/lab.yaml; with QUICK=1 a small part. An interrupted lab goes on where it stopped.
+# All of lab/tiny/lab.yaml; with QUICK=1 a small part. An interrupted lab goes on where it stopped.
 lab: $(STAMP)
 	$(BIN)/python -m lab $(if $(filter-out 0,$(QUICK)),--quick)
+
+# All of lab/real/lab.yaml. DATA=published RAW=folder takes raw files of published data sets.
+lab-real: $(STAMP) $(MODEL_STAMP)
+	$(BIN)/python -m lab --real $(if $(filter-out 0,$(QUICK)),--quick) $(if $(DATA),--data $(DATA)) $(if $(RAW),--raw $(RAW))
 
 # All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores alone.
 ALONE := tests/distributed tests/webui

@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from lab import ROOT, report
-from lab.__main__ import HERE
 from lab.plan import Plan
 from lab.results import Results
+from lab.tiny import lab as tiny
 from lab.tiny import lab_data as data
 
 
@@ -67,7 +67,7 @@ def run_lab(folder, check=True):
 @pytest.fixture(scope="module")
 def small_spec():
     """The lab's file with fewer and shorter runs."""
-    spec = yaml.safe_load((HERE / "lab.yaml").read_text())
+    spec = yaml.safe_load((tiny.PLAN).read_text())
     for name, changes in SMALL.items():
         spec[name] = {**spec[name], **changes} if name == "base" else changes
     for stage in spec["stages"].values():

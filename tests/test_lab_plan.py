@@ -5,15 +5,15 @@ import json
 import pytest
 import yaml
 
-from lab.__main__ import HERE
 from lab.plan import Plan, write_yaml
 from lab.results import count_samples
+from lab.tiny import lab as tiny
 from lab.tiny import lab_data as data
 
 
 @pytest.fixture(scope="module")
 def plan():
-    return Plan(HERE / "lab.yaml", "a key")
+    return Plan(tiny.PLAN, "a key")
 
 
 def test_parents_come_first_and_equal_runs_are_one(plan):
@@ -30,15 +30,15 @@ def test_parents_come_first_and_equal_runs_are_one(plan):
 
 
 def test_a_changed_definition_is_another_run_and_so_is_what_starts_from_it(tmp_path):
-    spec = yaml.safe_load((HERE / "lab.yaml").read_text())
+    spec = yaml.safe_load((tiny.PLAN).read_text())
     spec["stages"]["sft"]["warmup_ratio"] = 0.2
     path = tmp_path / "lab.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
-    before, after = Plan(HERE / "lab.yaml", "a key"), Plan(path, "a key")
+    before, after = Plan(tiny.PLAN, "a key"), Plan(path, "a key")
     for old, new in zip(before.comparison, after.comparison, strict=True):
         assert (old.runs[-1].folder == new.runs[-1].folder) == (old.pipeline == "DPO")
     assert not {run.folder for run in before.runs.values()} & {
-        run.folder for run in Plan(HERE / "lab.yaml", "other data").runs.values()
+        run.folder for run in Plan(tiny.PLAN, "other data").runs.values()
     }
 
 
@@ -65,7 +65,7 @@ STUDY = {"title": "A", "axis": "cost", "pipeline": "SFT", "methods": ["LoRA"], "
     ],
 )
 def test_a_list_of_runs_with_a_mistake_is_refused(change, message, tmp_path):
-    spec = yaml.safe_load((HERE / "lab.yaml").read_text()) | change
+    spec = yaml.safe_load((tiny.PLAN).read_text()) | change
     path = tmp_path / "lab.yaml"
     path.write_text(yaml.safe_dump({name: section for name, section in spec.items() if section is not None}))
     with pytest.raises(ValueError, match=message):
