@@ -73,11 +73,11 @@ def side_by_side(sets, results):
 
 def answers_table(rows):
     """Lay the answers out as a rich table, one row a prompt."""
-    table = Table(title="What they answer (the first tokens)", box=box.SIMPLE_HEAD, show_lines=True)
+    table = Table(title="What they answer (the first tokens)", box=box.HORIZONTALS, show_lines=True)
     for column in ("prompt", *rows[0][2]):
         table.add_column(column, ratio=1, overflow="fold")
     for _, prompt, answers in rows:
-        table.add_row(*(text.replace("[", r"\[") for text in (prompt, *answers.values())))
+        table.add_row(*(" ".join(text.split()).replace("[", r"\[") for text in (prompt, *answers.values())))
     return table
 
 
