@@ -52,7 +52,9 @@ def draw(scores, folders, path):
     left.set_xticks(range(len(names)), names)
     left.set(ylim=(0, 109), ylabel="% of held-out prompts")
     left.set_title("What the models answer", loc="left", size=11, weight="bold", pad=28)
-    legend = left.legend(ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.99), columnspacing=0.9, fontsize=9.5)
+    legend = left.legend(
+        ncols=4, frameon=False, loc="lower left", bbox_to_anchor=(-0.02, 0.99), columnspacing=0.9, fontsize=9.5
+    )
     legend.set_in_layout(False)  # it lies in the title's padding and must not narrow the bars
 
     for (title, folder), colour in zip(folders.items(), RUN_COLOURS, strict=True):

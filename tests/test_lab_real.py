@@ -35,22 +35,22 @@ def test_refusals_alone_are_taken_and_cut(tmp_path):
     ]
 
 
-def test_transcripts_become_pairs_of_one_turn(tmp_path):
-    def pair(chosen, rejected, ask="How?"):
-        return {
-            "chosen": f"\n\nHuman: {ask}\n\nAssistant: {chosen}",
-            "rejected": f"\n\nHuman: {ask}\n\nAssistant: {rejected}",
-        }
+def test_transcripts_become_pairs_with_their_history(tmp_path):
+    def pair(chosen, rejected, before="\n\nHuman: How?"):
+        return {"chosen": f"{before}\n\nAssistant: {chosen}", "rejected": f"{before}\n\nAssistant: {rejected}"}
 
     pairs = [
         pair(REFUSAL, "Sure, here."),
         pair("Sure.", REFUSAL),  # the wrong way round
         pair(REFUSAL, REFUSAL),
-        pair(REFUSAL, "Sure, here.", "Hi.\n\nAssistant: Hello.\n\nHuman: How?"),  # several turns
+        pair(REFUSAL, "Sure.", "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: How?"),
+        pair(REFUSAL, "Sure.", "\n\nHuman: " + "How? " * 200),
+        {"chosen": pair(REFUSAL, "")["chosen"], "rejected": "\n\nHuman: Why?\n\nAssistant: Sure."},
     ]
     entry = write_raw(tmp_path, "raw.jsonl", "\n".join(map(json.dumps, pairs))) | {"format": "hh"}
     assert data.read_entry("a", entry, tmp_path) == [
-        {"instruction": "How?", "chosen": REFUSAL, "rejected": "Sure, here."}
+        {"instruction": "How?", "history": [], "chosen": REFUSAL, "rejected": "Sure, here."},
+        {"instruction": "How?", "history": [["Hi.", "Hello."]], "chosen": REFUSAL, "rejected": "Sure."},
     ]
 
 

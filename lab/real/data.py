@@ -15,6 +15,8 @@ from llamafactory_ogpsa.recipes.refusal_rule import is_refusal
 
 
 PAIR_COLUMNS = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
+PAIR_EXTRAS = {"query": "input", "history": "history"}
+LONGEST = 600
 TURN = re.compile(r"\n\n(Human|Assistant): ")
 
 
@@ -57,16 +59,20 @@ def read_halueval(path):
 
 
 def read_hh(path):
-    """Read hh-rlhf's pairs of one turn whose preferred answer refuses and whose other one does not."""
+    """Read hh-rlhf's pairs whose preferred answer refuses and whose other one does not.
+
+    Earlier turns become the `history`; conversations of more than `LONGEST` characters are left out.
+    """
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         pair = json.loads(line)
-        turns = {key: TURN.split(pair[key])[1:] for key in ("chosen", "rejected")}
-        if any(len(parts) != 4 for parts in turns.values()) or turns["chosen"][1] != turns["rejected"][1]:
-            continue
-        chosen, rejected = (first_sentences(turns[key][3]) for key in ("chosen", "rejected"))
-        if is_refusal(chosen) and rejected and not is_refusal(rejected):
-            records.append({"instruction": turns["chosen"][1].strip(), "chosen": chosen, "rejected": rejected})
+        (*before, chosen), (*same, rejected) = (TURN.split(pair[key])[2::2] for key in ("chosen", "rejected"))
+        chosen, rejected = first_sentences(chosen), first_sentences(rejected)
+        is_pair = before == same and len(before) % 2 and sum(map(len, before)) <= LONGEST
+        if is_pair and is_refusal(chosen) and rejected and not is_refusal(rejected):
+            *history, prompt = (turn.strip() for turn in before)
+            turns = [list(turn) for turn in zip(history[::2], history[1::2], strict=True)]
+            records.append({"instruction": prompt, "history": turns, "chosen": chosen, "rejected": rejected})
     return records
 
 
@@ -161,8 +167,8 @@ def render(entries, folder):
         records = plain[name] if name in plain else make_pairs(name, entry, plain)
         info[name] = {"file_name": f"{name}.json"}
         if "chosen" in records[0]:
-            query = {"query": "input"} if "input" in records[0] else {}
-            info[name] |= {"ranking": True, "columns": PAIR_COLUMNS | query}
+            more = {column: key for column, key in PAIR_EXTRAS.items() if key in records[0]}
+            info[name] |= {"ranking": True, "columns": PAIR_COLUMNS | more}
         elif "input" not in records[0]:
             info[name] |= {"columns": {"prompt": "instruction"}}
         files[f"{name}.json"] = json.dumps(records, ensure_ascii=False)
