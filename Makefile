@@ -25,7 +25,7 @@ lab-real: $(STAMP) $(MODEL_STAMP)
 
 # All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores alone.
 ALONE := tests/distributed tests/webui
-test: $(STAMP)
+test: $(STAMP) $(MODEL_STAMP)
 	@status=0; set -x; \
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore %) || status=1; \
 	$(BIN)/python -m pytest $(ALONE) || status=1; \

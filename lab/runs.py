@@ -16,6 +16,25 @@ def is_finished(run, lab_dir):
     return (Path(lab_dir) / run.folder / "result.json").is_file()
 
 
+def find_waiting(runs, lab_dir):
+    """Find the runs to make: those without a result, and those that they start from whose weights are gone.
+
+    Args:
+        runs: The runs of the plan; parents come before what needs them.
+        lab_dir: The lab's folder.
+
+    Returns:
+        The runs, in the plan's order.
+    """
+    waiting, needed = set(), set()
+    for run in reversed(runs):
+        gone = not list((Path(lab_dir) / run.model).glob("*.safetensors"))
+        if not is_finished(run, lab_dir) or (run.folder in needed and gone):
+            waiting.add(run.folder)
+            needed |= {parent.folder for parent in run.parents}
+    return [run for run in runs if run.folder in waiting]
+
+
 def make_all(runs, lab_dir, jobs, score, threads=None, keep_models=True):
     """Make the runs that are not finished, each after those it needs.
 
@@ -30,7 +49,7 @@ def make_all(runs, lab_dir, jobs, score, threads=None, keep_models=True):
     Raises:
         RuntimeError: A run failed. Those that were going on are finished first.
     """
-    waiting = [run for run in runs if not is_finished(run, lab_dir)]
+    waiting = find_waiting(runs, lab_dir)
     unfinished = {run.folder for run in waiting}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(

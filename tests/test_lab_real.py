@@ -11,7 +11,7 @@ from lab import ROOT
 from lab.plan import Plan, write_yaml
 from lab.real import data
 from lab.real import lab as real
-from lab.runs import remove_models
+from lab.runs import find_waiting, remove_models
 from lab.tiny import model as tiny_model
 
 
@@ -147,6 +147,22 @@ def test_weights_go_when_no_run_needs_them(plan, tmp_path):
     assert (tmp_path / sft.model / "model.safetensors").exists()  # the DPO after it starts from it
     remove_models(runs, set(), tmp_path)
     assert not list(tmp_path.glob("runs/*/train/*.safetensors"))
+
+
+def test_a_run_whose_weights_are_gone_is_made_again_only_where_it_is_needed(plan, tmp_path):
+    runs = list(plan.runs.values())
+    for run in runs:
+        (tmp_path / run.folder).mkdir(parents=True)
+        (tmp_path / run.folder / "result.json").write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_text("weights")
+    assert find_waiting(runs, tmp_path) == []
+    point = next(p for p in plan.comparison if p.pipeline == "SFT → DPO" and p.method == "LoRA")
+    (tmp_path / point.runs[1].folder / "result.json").unlink()
+    assert find_waiting(runs, tmp_path) == list(point.runs)
+    (tmp_path / point.runs[0].model).mkdir()
+    (tmp_path / point.runs[0].model / "model.safetensors").write_text("weights")
+    assert find_waiting(runs, tmp_path) == [point.runs[1]]
 
 
 @pytest.fixture(scope="module")
