@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -196,20 +197,10 @@ def test_a_model_needs_its_template(capsys):
     assert "--model and --template go together" in capsys.readouterr().err
 
 
-def test_modules_run_by_name():
-    import subprocess
-
-    for name in (
-        "lab",
-        "lab.demo",
-        "lab.score",
-        "lab.base_model",
-        "lab.tiny.score",
-        "lab.tiny.model",
-        "lab.tiny.data",
-    ):
-        process = subprocess.run(
-            [sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-        assert process.returncode == 0, process.stderr
-        assert process.stdout.startswith("usage:")
+@pytest.mark.parametrize("name", ["lab", "lab.demo"])
+def test_a_module_runs_by_name(name):
+    process = subprocess.run(
+        [sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.startswith("usage:")
