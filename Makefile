@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL_STAMP := $(VENV)/.model
 
-.PHONY: demo demo-tiny lab lab-real test lint format data clean
+.PHONY: demo demo-tiny lab lab-real gpu test lint format data clean
 
 demo: $(STAMP) $(MODEL_STAMP)
 	$(BIN)/python -m lab.demo
@@ -22,6 +22,10 @@ lab: $(STAMP)
 # All of lab/real/lab.yaml. DATA=published RAW=folder takes raw files of published data sets.
 lab-real: $(STAMP) $(MODEL_STAMP)
 	$(BIN)/python -m lab --real $(if $(filter-out 0,$(QUICK)),--quick) $(if $(DATA),--data $(DATA)) $(if $(RAW),--raw $(RAW))
+
+# Measures on this machine's GPU, and writes the tables of docs/performance.md and docs/distributed.md.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 # All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores alone.
 ALONE := tests/distributed tests/webui

@@ -1,19 +1,16 @@
 """What OGPSA costs under DDP, ZeRO and FSDP2: step time and peak memory over a stock run's, in float32.
 
-    python benchmarks/distributed.py [--processes 2] [--engines ddp,zero2,...] [--hidden 512]
+    python -m benchmarks.distributed [--processes 2] [--engines ddp,zero2,...] [--hidden 512]
 
 For each engine, stock and OGPSA runs of LLaMA-Factory alternate in the same processes and are compared by the median
 of their steps without refresh. Memory is that of the first process, of one run in processes of its own: on GPUs
 PyTorch's peak of allocated memory, elsewhere the peak resident memory, with a malloc that gives freed memory back at
-once. Beside it stands the basis's size by the formula
-of docs/distributed.md.
+once. Beside it stands the basis's size by the formula of docs/distributed.md.
 """
 
 import argparse
-import gc
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -21,7 +18,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from overhead import StepTimer
+
+from .devices import counters, default_device
+from .memory import basis_bytes
+from .workload import DATASET, StepTimer, make_workload
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,96 +64,25 @@ def deepspeed_config(stage: int, offload: bool) -> dict:
     }
 
 
-def make_workload(folder: Path, hidden: int) -> dict:
-    """Make a model of `hidden` width and a dataset of random words; return the arguments of a stock run."""
-    sys.path.insert(0, str(ROOT))
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    from lab.tiny.model import build_tokenizer
-
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=4)) for _ in range(2000)]
-    sentence = lambda: " ".join(rng.choices(words, k=24))
-    records = [{"instruction": sentence(), "input": "", "output": sentence()} for _ in range(64)]
-    (folder / "words.json").write_text(json.dumps(records))
-    (folder / "dataset_info.json").write_text(json.dumps({"words": {"file_name": "words.json"}}))
-    tokenizer = build_tokenizer(folder)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return {
-        "model_name_or_path": str(folder / "model"),
-        "template": "qwen",
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "full",
-        "dataset_dir": str(folder),
-        "dataset": "words",
-        "cutoff_len": 128,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-5,
-        "logging_steps": 1000,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-
-
-def reset_peak() -> None:
-    """Forget the peak memory so far."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes() -> int:
-    """Return the peak memory since `reset_peak`, in bytes."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
 def work(folder: Path, engine: str, names: str, steps: int, repeats: int) -> None:
     """Run stock, OGPSA or both alternately in this process, and leave the figures of process 0 in the folder."""
-    from llamafactory.train.tuner import run_exp
+    # A checkout need not be installed.
+    from llamafactory_ogpsa.autoload import register
 
-    from llamafactory_ogpsa.callback import OgpsaCallback
+    register()
+    from llamafactory.train.tuner import run_exp
 
     args = json.loads((folder / "args.json").read_text()) | {"max_steps": steps}
     if ENGINES[engine] is not None:
         args["deepspeed"] = deepspeed_config(*ENGINES[engine])
     elif not torch.cuda.is_available():
         args |= {"use_cpu": True, "ddp_backend": "gloo"}
-    ogpsa = {"stage": "ogpsa_sft", "ogpsa_dataset": "words", "ogpsa_num_samples": 16}
+    ogpsa = {"stage": "ogpsa_sft", "ogpsa_dataset": DATASET, "ogpsa_num_samples": 16}
     ogpsa |= {"ogpsa_update_interval": 10 * steps}
 
-    basis = {}
-    refresh = OgpsaCallback.refresh
-
-    def measured_refresh(self, state):
-        refresh(self, state)
-        basis["bytes"] = sum(b.numel() * b.itemsize for b in self.subspace.basis)
-        basis["formula"] = self.parts * len(self.sets) * self.engine.num_parameters * self.basis_dtype.itemsize
-        basis["formula"] //= self.engine.world_size if self.engine.shards else 1
-
-    OgpsaCallback.refresh = measured_refresh
     # LLaMA-Factory leaves the process group at a run's end; the next run here goes on in the same one.
     torch.distributed.destroy_process_group = lambda *args, **kwargs: None
     seconds = {name: [] for name in names.split(",")}
-    reset_peak()
     for repeat in range(repeats):
         for name in seconds:
             timer = StepTimer()
@@ -162,13 +91,21 @@ def work(folder: Path, engine: str, names: str, steps: int, repeats: int) -> Non
             seconds[name] += timer.seconds[3:]
     if int(os.environ["RANK"]) == 0:
         medians = {name: statistics.median(values) for name, values in seconds.items()}
-        result = {"seconds": medians, "peak": peak_bytes(), "basis": basis}
+        result = {"seconds": medians, "peak": counters(default_device()).max_memory_allocated()}
         (folder / f"{engine}_{names}.json").write_text(json.dumps(result))
 
 
 def launch(folder: Path, engine: str, names: str, processes: int, steps: int, repeats: int) -> dict:
-    """Run `work` in processes of their own and return its figures."""
+    """Run `work` in processes of their own and return its figures.
+
+    Raises:
+        RuntimeError: a process failed; with the end of what it printed.
+    """
     environment = dict(os.environ)
+    # accelerate offers FSDP on accelerators only; what the tests have for this lets it on a CPU.
+    fsdp_on_cpu = [] if torch.cuda.is_available() else [str(ROOT / "tests" / "distributed" / "fsdp_on_cpu")]
+    paths = [*fsdp_on_cpu, str(ROOT), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if engine == "fsdp2":
         environment |= FSDP2
     if not torch.cuda.is_available():
@@ -176,15 +113,39 @@ def launch(folder: Path, engine: str, names: str, processes: int, steps: int, re
         if "," not in names:
             # A run for its memory: glibc gives freed tensors back at once, so that the peak is of what was in use.
             environment["MALLOC_MMAP_THRESHOLD_"] = str(2**16)
-        # accelerate offers FSDP on accelerators only; what the tests have for this lets it on a CPU.
-        paths = [str(ROOT / "tests" / "distributed" / "fsdp_on_cpu"), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    command += [__file__, "--steps", str(steps), "--repeats", str(repeats), "--worker", str(folder), engine, names]
+    command += ["-m", "benchmarks.distributed", "--steps", str(steps), "--repeats", str(repeats)]
+    command += ["--worker", str(folder), engine, names]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode != 0:
-        sys.exit(process.stderr[-6000:])
+        raise RuntimeError(process.stderr[-6000:])
     return json.loads((folder / f"{engine}_{names}.json").read_text())
+
+
+def measure(engine: str, *, processes: int, hidden: int, steps: int, repeats: int) -> dict:
+    """Compare OGPSA with a stock run under one engine of `ENGINES`; return the figures by name.
+
+    Raises:
+        RuntimeError: a run failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="ogpsa-distributed-") as name:
+        folder = Path(name)
+        args, parameters = make_workload(folder, hidden)
+        (folder / "args.json").write_text(json.dumps(args))
+        both = launch(folder, engine, "stock,ogpsa", processes, steps, repeats)
+        # Memory in processes of their own: what one run leaves behind would count in the next.
+        stock, ogpsa = (launch(folder, engine, name, processes, steps, 1) for name in ("stock", "ogpsa"))
+    basis = basis_bytes(parameters, torch.float32.itemsize, shards=1 if engine == "ddp" else processes, directions=1)
+    return {
+        "engine": engine,
+        "processes": processes,
+        "parameters": parameters,
+        "stock_step_ms": round(1e3 * both["seconds"]["stock"], 1),
+        "ogpsa_step_over_stock": round(both["seconds"]["ogpsa"] / both["seconds"]["stock"], 3),
+        "stock_peak_MiB": round(stock["peak"] / 2**20, 1),
+        "ogpsa_peak_over_stock_MiB": round((ogpsa["peak"] - stock["peak"]) / 2**20, 1),
+        "basis_by_formula_MiB": round(basis / 2**20, 1),
+    }
 
 
 def main() -> None:
@@ -201,26 +162,15 @@ def main() -> None:
         folder, engine, names = options.worker
         work(Path(folder), engine, names, options.steps, options.repeats)
         return
-
-    folder = Path(tempfile.mkdtemp(prefix="ogpsa-distributed-"))
-    (folder / "args.json").write_text(json.dumps(make_workload(folder, options.hidden)))
     for engine in options.engines.split(","):
-        both = launch(folder, engine, "stock,ogpsa", options.processes, options.steps, options.repeats)
-        # Memory in processes of their own: what one run leaves behind would count in the next.
-        stock, ogpsa = (
-            launch(folder, engine, name, options.processes, options.steps, 1) for name in ("stock", "ogpsa")
+        figures = measure(
+            engine,
+            processes=options.processes,
+            hidden=options.hidden,
+            steps=options.steps,
+            repeats=options.repeats,
         )
-        result = {
-            "engine": engine,
-            "processes": options.processes,
-            "stock_step_ms": round(1e3 * both["seconds"]["stock"], 1),
-            "ogpsa_step_over_stock": round(both["seconds"]["ogpsa"] / both["seconds"]["stock"], 3),
-            "stock_peak_MiB": round(stock["peak"] / 2**20, 1),
-            "ogpsa_peak_over_stock_MiB": round((ogpsa["peak"] - stock["peak"]) / 2**20, 1),
-            "basis_MiB": round(ogpsa["basis"]["bytes"] / 2**20, 1),
-            "basis_by_formula_MiB": round(ogpsa["basis"]["formula"] / 2**20, 1),
-        }
-        print(json.dumps(result), flush=True)
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What OGPSA's basis takes in memory, by the formula of docs/distributed.md, and what the recipes take, for real models.
 
-    python benchmarks/memory.py [--recipes]
+    python -m benchmarks.memory [--recipes]
 
 The parameters are counted on models and adapters built without weights (on PyTorch's meta device). Nothing here is
 measured on a GPU.
@@ -8,40 +8,10 @@ measured on a GPU.
 
 import argparse
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from .models import count_parameters
 
 
-MODELS = {
-    "Qwen2.5-7B": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    ),
-    "Llama-3.1-8B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    ),
-    "Llama-3.1-70B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        tie_word_embeddings=False,
-    ),
-}
+MODELS = ("Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B")
 DIRECTIONS = 2
 GPUS = (1, 8, 64)
 LORA_RANK = 8
@@ -50,19 +20,9 @@ TOKENS = 300
 FLOPS = 400e12
 
 
-def count_parameters(config, lora: bool) -> tuple[int, int]:
-    """Return the number of parameters, and of trainable ones: all, or a LoRA adapter's on every linear layer."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        total = sum(param.numel() for param in model.parameters())
-        if lora:
-            model = get_peft_model(model, LoraConfig(r=LORA_RANK, target_modules="all-linear"))
-    return total, sum(param.numel() for param in model.parameters() if param.requires_grad)
-
-
-def basis_bytes(parameters: int, bytes_per_element: int, shards: int) -> float:
+def basis_bytes(parameters: int, bytes_per_element: int, shards: int = 1, directions: int = DIRECTIONS) -> float:
     """Return the bytes of the basis in one process: directions × parameters × bytes an element / shards."""
-    return DIRECTIONS * parameters * bytes_per_element / shards
+    return directions * parameters * bytes_per_element / shards
 
 
 def readable(size: float) -> str:
@@ -75,10 +35,10 @@ def print_basis() -> None:
     print("| model | training | trainable parameters | basis, whole (DDP) |", end="")
     print("".join(f" a process of {n}, sharded |" for n in GPUS[1:]))
     print("|---|---|---|---|" + "---|" * len(GPUS[1:]))
-    for name, config in MODELS.items():
+    for name in MODELS:
         # Under ZeRO in bf16 gradients are bf16; LLaMA-Factory keeps LoRA's weights, and so gradients, in float32.
         for training, bytes_per_element in (("full, bf16 basis", 2), (f"LoRA, rank {LORA_RANK}, float32 basis", 4)):
-            _, trainable = count_parameters(config, lora=training.startswith("LoRA"))
+            _, trainable = count_parameters(name, LORA_RANK if training.startswith("LoRA") else None)
             sizes = [readable(basis_bytes(trainable, bytes_per_element, n)) for n in GPUS]
             print(f"| {name} | {training} | {trainable:,} | " + " | ".join(sizes) + " |")
 
@@ -89,7 +49,7 @@ def print_recipes() -> None:
     print("|---|---|---|---|---|---|")
     for name in ("Qwen2.5-7B", "Llama-3.1-8B"):
         for tuning, gpus in (("full", 8), ("lora", 1)):
-            total, trainable = count_parameters(MODELS[name], lora=tuning == "lora")
+            total, trainable = count_parameters(name, LORA_RANK if tuning == "lora" else None)
             for stage in ("sft", "dpo"):
                 frozen = 2 * total if tuning == "lora" or stage == "dpo" else 0
                 state = (16 * trainable + frozen) / gpus

@@ -1,10 +1,10 @@
 """What OGPSA costs beside the projection itself: `import torch`, a step without refresh, a reference sample.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
-Runs on the tiny model of the demo, on the CPU or GPU that LLaMA-Factory finds. Stock and OGPSA runs alternate in one
-process and are compared by the median of their step times; the reference sets are the training set itself, so that a
-reference sample and a training sample have the same length.
+Runs on a Qwen2 of a million parameters, on the CPU or GPU that LLaMA-Factory finds. Stock and OGPSA runs alternate in
+one process and are compared by the median of their step times; the reference set is the training set itself, so that
+a reference sample and a training sample have the same length.
 """
 
 import argparse
@@ -15,15 +15,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-import yaml
-from transformers import TrainerCallback
+
+from .workload import DATASET, StepTimer, make_workload
 
 
-ROOT = Path(__file__).resolve().parents[1]
+SAMPLES = 200
+BATCH = 16
 
 _IMPORT = """
 import importlib.metadata, time
@@ -35,21 +35,6 @@ for entry_point in entry_points:
         entry_point.load()()
 print(time.perf_counter() - start)
 """
-
-
-class StepTimer(TrainerCallback):
-    """Times optimizer steps. A refresh belongs to the step it precedes; the caller leaves that one out."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Start the clock."""
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Stop it."""
-        self.seconds.append(time.perf_counter() - self.start)
 
 
 def measure_import(repeats: int) -> float:
@@ -84,12 +69,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
-    model = tempfile.mkdtemp(prefix="ogpsa-tiny-")
-    subprocess.run([sys.executable, "-m", "lab.tiny.model", model], cwd=ROOT, check=True, capture_output=True)
-    args = yaml.safe_load((ROOT / "examples" / "yaml" / "tiny_naive_sft.yaml").read_text())
-    args |= {"model_name_or_path": model, "dataset_dir": str(ROOT / "data" / "tiny"), "max_steps": options.steps}
-    args |= {"logging_steps": 10, "plot_loss": False, "save_strategy": "no"}
-    ogpsa = {"stage": "ogpsa_sft", "ogpsa_dataset": args["dataset"], "ogpsa_num_samples": 200}
+    args, _ = make_workload(Path(tempfile.mkdtemp(prefix="ogpsa-overhead-")), hidden=128, layers=3)
+    args |= {"max_steps": options.steps, "per_device_train_batch_size": BATCH, "disable_gradient_checkpointing": True}
+    ogpsa = {"stage": "ogpsa_sft", "ogpsa_dataset": DATASET, "ogpsa_num_samples": SAMPLES}
 
     stock_steps, ogpsa_steps, per_reference_sample = [], [], []
     for _ in range(options.repeats):
@@ -98,16 +80,15 @@ def main() -> None:
         ogpsa_steps += run(args, **ogpsa, ogpsa_update_interval=10 * options.steps)[0][5:]
         _, output = run(args, **ogpsa, ogpsa_update_interval=1, max_steps=5)
         rows = [json.loads(line) for line in (output / "ogpsa_log.jsonl").read_text().splitlines()]
-        per_reference_sample += [row["seconds"] / 200 for row in rows if row.get("refresh")][1:]
+        per_reference_sample += [row["seconds"] / SAMPLES for row in rows if row.get("refresh")][1:]
 
     stock_step = statistics.median(stock_steps)
-    batch = args["per_device_train_batch_size"] * args.get("gradient_accumulation_steps", 1)
     result = {
         "import_torch_added_ms": round(1e3 * measure_import(10), 3),
         "stock_step_ms": round(1e3 * stock_step, 3),
         "ogpsa_step_over_stock": round(statistics.median(ogpsa_steps) / stock_step, 4),
         "reference_sample_over_training_sample": round(
-            statistics.median(per_reference_sample) / (stock_step / batch), 4
+            statistics.median(per_reference_sample) / (stock_step / BATCH), 4
         ),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}",
         "torch": torch.__version__,

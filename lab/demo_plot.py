@@ -2,7 +2,7 @@
 
 import json
 
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from .score import TITLES
 

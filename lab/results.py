@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 
 FIGURES = ("general", "refusal", "over_refusal")

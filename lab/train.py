@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 import llamafactory_ogpsa
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from . import ROOT
 from .launch import write_whole

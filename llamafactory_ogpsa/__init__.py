@@ -10,7 +10,7 @@ __all__ = ["Subspace"]
 
 def __getattr__(name: str):
     if name == "Subspace":
-        from .interface import Subspace
+        from .subspace import Subspace
 
         return Subspace
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

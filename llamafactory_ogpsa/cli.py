@@ -79,10 +79,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
             options.add_argument(
                 "--refusals",
                 metavar="templates|dataset|FILE",
-                default="templates",
                 help="where the refusals come from: varied templates, the dataset's own safe answers, or a file "
                 "with one refusal a line ({topic} is replaced) or .jsonl with prompt and refusal "
-                "(default: %(default)s)",
+                "(default: templates for PKU-SafeRLHF, dataset for others)",
             )
     parser.set_defaults(run=run_prepare)
 

@@ -18,9 +18,9 @@ from itertools import product
 
 import torch
 
-from .engines.shards import Shards
+from .engines.processes import ALONE, Processes
+from .geometry import Geometry, ratio
 from .kernels import Plan
-from .subspace import Geometry, ratio
 
 
 METHODS = ("orthogonal", "conflict", "monitor")
@@ -41,7 +41,8 @@ class ProjectionStats:
     """What one projection measured, on the gradient's device; a figure is worked out when it is read.
 
     Attributes:
-        norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
+        norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim. Where a
+            tensor has no gradient and nothing measures, it is counted as if a gradient of zeros had been projected.
         residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
         products: `B g` with the basis as stored, float32 `[groups, rank]`.
@@ -55,6 +56,8 @@ class ProjectionStats:
     products: torch.Tensor
     policy_delta: torch.Tensor | None
     geometry: Geometry
+
+    has_cosines = True
 
     @property
     def finite_tensor(self) -> torch.Tensor:
@@ -183,14 +186,14 @@ def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return torch.einsum("gnr,gn->gr", normals, mu)
 
 
-def make_projection(plan: Plan, geometry: Geometry, method: str, shards: Shards | None = None) -> Projection:
+def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Processes = ALONE) -> Projection:
     """Bind a method to a basis: make the function that projects gradients in place.
 
     Args:
         plan: the kernels over the stored basis `B`.
         geometry: the basis's geometry, on the gradients' device.
         method: one of `METHODS`.
-        shards: the processes that gradients and basis are split over; None: they are whole here.
+        processes: those that gradients and basis may be split over.
 
     Returns:
         `project(gradients, max_norm=None, measure=False) -> ProjectionStats`. `gradients`: one tensor (or None) for
@@ -202,7 +205,7 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, shards: Shards 
     whitening = geometry.whitening
     inverse_gram = (whitening.mT @ whitening).float()
     conflict = conflict_policy(geometry.references) if method == "conflict" else None
-    fused = method == "orthogonal" and shards is None
+    fused = method == "orthogonal" and not processes.sharded
 
     @torch.no_grad()
     def project(
@@ -212,7 +215,7 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, shards: Shards 
         if fused:
             products, squared_norms, norm = plan.orthogonal_(gradients, inverse_gram, max_norm)
         else:
-            products, squared_norms = _coefficients(plan, gradients, shards)
+            products, squared_norms = _coefficients(plan, gradients, processes)
             norm = squared_norms.sum().sqrt()
         if method != "monitor" and not fused:
             c, finite = _whiten(geometry, products), norm.isfinite()
@@ -225,7 +228,10 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, shards: Shards 
         residual = None
         if measure:
             norms, scale = squared_norms.sqrt(), None if method == "monitor" else _clipping_factor(norm, max_norm)
-            residual = _residual(plan, gradients, shards, geometry, norms if scale is None else scale * norms)
+            norms = norms if scale is None else scale * norms
+            residual, left = _residual(plan, gradients, processes, geometry, norms)
+            if max_norm is None and any(gradient is None for gradient in gradients):
+                norm = left
         return ProjectionStats(norm, residual, squared_norms, products, delta, geometry)
 
     return project
@@ -242,35 +248,37 @@ def _clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor
 
 
 def _coefficients(
-    plan: Plan, gradients: Sequence[torch.Tensor | None], shards: Shards | None
+    plan: Plan, gradients: Sequence[torch.Tensor | None], processes: Processes
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure the gradients, summed over the processes where each holds a piece; see `Plan.coefficients`."""
     products, squared_norms = plan.coefficients(gradients)
-    if shards is None:
+    if not processes.sharded:
         return products, squared_norms
-    total = shards.sum(torch.cat([products, squared_norms[:, None]], dim=1))
+    total = processes.sum_pieces(torch.cat([products, squared_norms[:, None]], dim=1))
     return total[:, :-1], total[:, -1]
 
 
 def _residual(
     plan: Plan,
     gradients: Sequence[torch.Tensor | None],
-    shards: Shards | None,
+    processes: Processes,
     geometry: Geometry,
     norms: torch.Tensor,
-) -> torch.Tensor:
-    """Measure the largest |cos| between what the gradients now are and a basis direction, group by group.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measure the largest |cos| between what the gradients now are and a basis direction, and their norm.
 
     Args:
         plan: the kernels over the basis.
         gradients: the gradients after the projection.
-        shards: the processes that they are split over.
+        processes: those that they may be split over.
         geometry: that of the basis.
         norms: `[groups]`, their norms before it, times the clipping factor.
 
     Returns:
-        the cosine, 0-dim. A group of which less than `_RESIDUAL_FLOOR` is left is measured against that floor.
+        the cosine, 0-dim; a group of which less than `_RESIDUAL_FLOOR` is left is measured against that floor. And
+        the norm of all groups, 0-dim.
     """
-    products, left = _coefficients(plan, gradients, shards)
+    products, left = _coefficients(plan, gradients, processes)
     coefficients = _whiten(geometry, products).abs().amax(1)
-    return ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms)).max()
+    cosines = ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms))
+    return cosines.max(), left.sum().sqrt()

@@ -1,199 +1,289 @@
-"""Reference gradients to an orthonormal basis of the subspace they span.
+"""A subspace that is projected out of gradients: what a run keeps, and the Python interface."""
 
-Notation, after arXiv 2602.07892: `r_d` is the gradient of the loss on reference set `d`, `U` an orthonormal basis of
-`span{r_1 … r_n}`, `g` the safety gradient. A *group* is what one basis spans: one parameter tensor (scope `parameter`)
-or all of them (scope `global`). Reference gradients are kept per tensor as rows of a matrix `[n, numel]`, whatever the
-scope, and the basis replaces them in the same memory.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from numbers import Integral
+from typing import Any, Literal
 
 import torch
 
-from .engines.shards import Shards
+from .checks import check_references, order_gradients
+from .engines.processes import ALONE, Processes
+from .geometry import SCOPES, Geometry, assign_groups, orthonormalise_, products_with
+from .inputs import MOST_DIRECTIONS, InputSubspace
+from .kernels import MAX_RANK, Plan, make_plan
+from .kernels.plan import GRADIENT_DTYPES
+from .projection import METHODS, Projection, ProjectionStats, make_projection
+from .storage import Read, open_tensors, save_tensors
 
 
-SCOPES = ("parameter", "global")
+class Subspace:
+    """An orthonormal basis of the span of reference gradients, ready to be projected out of other gradients.
 
-# Elements that are converted to float64 at a time.
-_CHUNK = 1 << 22
-# Columns of a chunk whose products one matrix multiplication adds up.
-_SLICE = 1 << 13
-
-
-def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide, anything over 0 being 0: a gradient of norm zero has nothing removed and no angle with anything."""
-    return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
-
-
-def gram_matrices(
-    rows: Sequence[torch.Tensor],
-    groups: Sequence[int],
-    num_groups: int,
-    device: torch.device,
-    shards: Shards | None = None,
-) -> torch.Tensor:
-    """Compute the Gram matrices of the rows, one a group: `G = R Rᵀ`, summed over the tensors of the group.
-
-    Args:
-        rows: one tensor `[n, numel_i]` a parameter, of any float dtype, on any device.
-        groups: the group of each tensor.
-        num_groups: how many groups there are.
-        device: where chunks of the rows are multiplied (rows in host memory are copied there chunk by chunk).
-        shards: the processes that the rows are split over; the result is the sum of theirs.
-
-    Returns:
-        float64 `[num_groups, n, n]` on the CPU. float64, so that gradients of norm 1e±100 neither overflow nor vanish.
-    """
-    n = rows[0].shape[0]
-    gram = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
-    for row, group in zip(rows, groups, strict=True):
-        for chunk in row.split(max(1, _CHUNK // n), dim=1):
-            gram[group] += _product(_to_float64(chunk, device))
-    return (gram if shards is None else shards.sum(gram)).cpu()
-
-
-def _product(chunk: torch.Tensor) -> torch.Tensor:
-    """Return `chunk @ chunk.T` for a chunk that is much wider than high, `[n, width]`."""
-    # Many products at once: a GPU's matrix multiplication is parallel over the rows and columns of the result, of
-    # which there are few, and need not be over the long sum (rocBLAS issue 1195: below 5 GB/s).
-    whole = chunk.shape[1] // _SLICE * _SLICE
-    slices = chunk[:, :whole].unflatten(1, (-1, _SLICE)).transpose(0, 1) if whole else chunk[None, :, :0]
-    rest = chunk[:, whole:]
-    return (slices @ slices.mT).sum(0) + rest @ rest.T
-
-
-def _to_float64(chunk: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a chunk to `device` as float64."""
-    # In two steps: a copy between host and accelerator that converts does so on the host, and moves the larger type.
-    return chunk.to(device).to(torch.float64)
-
-
-def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weights: torch.Tensor, device) -> None:
-    """Replace the first `rank` rows of every tensor by `weights[group] @ rows`, chunk by chunk, in place."""
-    rank = weights.shape[1]
-    weights = weights.to(device)
-    for row, group in zip(rows, groups, strict=True):
-        for chunk in row.split(max(1, _CHUNK // row.shape[0]), dim=1):
-            chunk[:rank].copy_((weights[group] @ _to_float64(chunk, device)).to(row.dtype))
-
-
-def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the first `rank` rows of a tensor and give the memory of the others back, where that frees any."""
-    # Freed pinned memory stays with the process: a copy would only add to it.
-    if rank == row.shape[0] or row.is_pinned():
-        return row[:rank]
-    kept = row[:rank].clone()
-    row.set_()
-    return kept
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The few numbers that describe a basis, one entry a group; all that a policy needs beside the coefficients.
-
-    Attributes:
-        whitening: float64 `[groups, rank, rank]`, `T` with `T B` orthonormal, where `B` is the basis as stored: it
-            takes out what rounding the basis to its dtype did to its orthonormality. `T Bᵀg` are the coefficients.
-        references: float64 `[groups, sets, rank]`, the unit reference gradients in orthonormal coordinates,
-            `r_d / ‖r_d‖ = U a_d`; zero where the reference gradient is.
-        shares: float64 `[groups, sets]`, `‖r_d‖` of the group over `‖r_d‖` of all groups.
-        ranks: the number of directions of each group.
+    Example:
+        >>> subspace = Subspace.from_gradients([helpful_gradients, truthful_gradients])
+        >>> stats = subspace.project_({name: p.grad for name, p in model.named_parameters()})
+        >>> stats.removed
     """
 
-    whitening: torch.Tensor
-    references: torch.Tensor
-    shares: torch.Tensor
-    ranks: tuple[int, ...]
+    def __init__(
+        self,
+        names: Sequence[str],
+        basis: Sequence[torch.Tensor],
+        geometry: Geometry,
+        groups: Sequence[int],
+        device: torch.device | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Wrap a finished basis; most callers want `from_gradients`.
 
-    def to(self, device: torch.device) -> "Geometry":
-        """Return the same numbers on `device`."""
-        return Geometry(self.whitening.to(device), self.references.to(device), self.shares.to(device), self.ranks)
+        Args:
+            names: the names of the tensors.
+            basis: their bases, `[rank, numel_i]`, as `orthonormalise_` returns them.
+            geometry: its geometry.
+            groups: the group of each tensor.
+            device: where the gradients live; None: where the basis is.
+            processes: those that gradients and basis may be split over.
+        """
+        self.names = tuple(names)
+        self.basis = list(basis)
+        self.groups = tuple(groups)
+        self.device = device or self.basis[0].device
+        self.processes = processes
+        self.geometry = geometry.to(self.device)
+        self._most_directions: int | None = None
+        self._plans: dict[str, Plan] = {}
+        self._projections: dict[tuple[str, str], Projection] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is made at the first use and made again where it is missing: it cannot be pickled."""
+        return {**self.__dict__, "_plans": {}, "_projections": {}}
+
+    @property
+    def sharded(self) -> bool:
+        """True where this process has a piece of the basis."""
+        return self.processes.sharded
+
+    @property
+    def rank(self) -> int:
+        """The largest number of directions of any group."""
+        return max(self.geometry.ranks)
+
+    @classmethod
+    @torch.no_grad()
+    def from_gradients(
+        cls,
+        gradients: Sequence[dict[str, torch.Tensor]],
+        scope: Literal["parameter", "global", "inputs"] = "parameter",
+        rank: int | None = None,
+    ) -> "Subspace | InputSubspace":
+        """Build the subspace spanned by reference gradients. The gradients are copied, not kept.
+
+        Each reference gradient needs tensors of its own: after `zero_grad(set_to_none=False)` the next backward pass
+        writes into those of the one before.
+
+        Args:
+            gradients: one dict a reference gradient, tensors by parameter name, all with the same names and shapes.
+                A tensor may be None where the reference loss does not touch the parameter. Any real floating dtype.
+            scope: `parameter`: one basis a tensor (the paper's experiments); `global`: one for all (its theorem);
+                `inputs`: for each matrix `[out, in]` the leading directions of the inputs that the reference gradients
+                name, their right singular vectors: see `inputs.py`.
+            rank: most directions kept, 1 to 32; None keeps one for each reference gradient. With scope `inputs` most
+                directions of a matrix, 1 to 4096; None: 96.
+
+        Returns:
+            the subspace, on the gradients' device, a tensor's basis in bfloat16 where its gradients are, else float32;
+            with scope `inputs` an `InputSubspace`, which projects in the same way.
+
+        Raises:
+            ValueError: no gradient, different names or shapes, an unknown scope, a rank or a number of independent
+                reference gradients that is not 1 to 32.
+            TypeError: something else than a sequence of dicts of dense tensors of a real floating dtype, a rank that
+                is no integer.
+            FloatingPointError: a reference gradient is not finite; names it.
+        """
+        names = check_references(gradients)
+        if scope not in SCOPES:
+            raise ValueError(f"`scope` is {scope!r}; allowed: {', '.join(SCOPES)}")
+        most = MOST_DIRECTIONS if scope == "inputs" else MAX_RANK
+        if rank is not None and not isinstance(rank, Integral):
+            raise TypeError(f"`rank` is {rank!r}; allowed: an integer from 1 to {most}, or None")
+        if rank is not None and not 1 <= rank <= most:
+            raise ValueError(f"`rank` is {rank}; allowed: an integer from 1 to {most}, or None")
+        if scope == "inputs":
+            return InputSubspace.from_gradients(gradients, rank)
+
+        rows, kept_names = [], []
+        for name in names:
+            tensors = [gradient[name] for gradient in gradients]
+            present = [tensor for tensor in tensors if tensor is not None]
+            if not present:
+                continue
+            dtype = torch.bfloat16 if all(t.dtype == torch.bfloat16 for t in present) else torch.float32
+            row = torch.zeros(len(tensors), present[0].numel(), dtype=dtype, device=present[0].device)
+            for index, tensor in enumerate(tensors):
+                if tensor is not None:
+                    row[index].view(tensor.shape).copy_(tensor)
+            rows.append(row)
+            kept_names.append(name)
+        groups, num_groups = assign_groups(len(rows), scope)
+        try:
+            basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
+        except FloatingPointError as err:
+            index, name = next(
+                (index, name)
+                for name, row in zip(kept_names, rows, strict=True)
+                for index in range(len(row))
+                if not row[index].isfinite().all()
+            )
+            raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}") from err
+        if max(geometry.ranks) > MAX_RANK:
+            raise ValueError(
+                f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
+            )
+
+        subspace = cls(kept_names, basis, geometry, groups)
+        subspace._most_directions = rank
+        return subspace
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all numbers of the subspace by name, contiguous: the bases `basis.<name>`, and those of its geometry."""
+        tensors = {f"basis.{name}": rows for name, rows in zip(self.names, self.basis, strict=True)}
+        for field in fields(Geometry):
+            tensors[f"geometry.{field.name}"] = torch.as_tensor(getattr(self.geometry, field.name)).contiguous()
+        return tensors
+
+    def save(self, path: str) -> None:
+        """Write the subspace to a safetensors file, under a temporary name first; `load` reads it.
+
+        Args:
+            path: the file.
+        """
+        kept = {"names": list(self.names), "groups": list(self.groups), "most_directions": self._most_directions}
+        save_tensors(path, self.tensors(), {"subspace": json.dumps(kept)})
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "cpu") -> "Subspace":
+        """Read a subspace that `save` wrote.
+
+        Args:
+            path: the file.
+            device: where the gradients will be.
+
+        Returns:
+            the subspace, which projects as the one that was saved, to the last bit.
+
+        Raises:
+            ValueError: the file is missing, damaged or no subspace.
+        """
+        try:
+            with open_tensors(path) as (read, metadata, _):
+                if "subspace" not in metadata:
+                    raise ValueError("is no subspace")
+                kept = json.loads(metadata["subspace"])
+                basis = [read(f"basis.{name}").to(device) for name in kept["names"]]
+                subspace = cls(kept["names"], basis, read_geometry(read), kept["groups"])
+        except ValueError as err:
+            raise ValueError(f"{path} {err}") from err
+        subspace._most_directions = kept["most_directions"]
+        return subspace
+
+    def find_covered(self) -> list[bool]:
+        """Return for each tensor whether it has a direction in any process; without one it is not projected."""
+        touched = torch.stack([row.any() for row in self.basis]).tolist()
+        return [count > 0 for count in self.processes.totals([float(any_row) for any_row in touched])]
+
+    @torch.no_grad()
+    def measure(self, changes: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measure a change of the weights along the basis, one tensor at a time.
+
+        Args:
+            changes: pairs of a tensor's index and its change, `[numel_i]` (this process's piece of it).
+
+        Returns:
+            the coefficients, float64 `[groups, rank]`, and the squared norm of the whole change, float64, 0-dim.
+        """
+        sums = torch.zeros(len(self.geometry.ranks), self.basis[0].shape[0] + 1, dtype=torch.float64)
+        sums = sums.to(self.device)
+        for index, change in changes:
+            sums[self.groups[index], :-1] += products_with(self.basis[index], change)
+            sums[self.groups[index], -1] += torch.linalg.vector_norm(change, dtype=torch.float64).square()
+        sums = self.processes.sum_pieces(sums)
+        return torch.einsum("gij,gj->gi", self.geometry.whitening, sums[:, :-1]), sums[:, -1].sum()
+
+    def plan(self, kernel: str = "auto") -> Plan:
+        """Return the kernels over this basis, made ready at their first use; see `kernels.make_plan`."""
+        if kernel not in self._plans:
+            num_groups = len(self.geometry.ranks)
+            self._plans[kernel] = make_plan(self.basis, self.groups, num_groups, kernel=kernel, device=self.device)
+        return self._plans[kernel]
+
+    def projection(self, method: str = "orthogonal", kernel: str = "auto") -> Projection:
+        """Return the projection of gradients given in the order of `names`, made at its first use.
+
+        Args:
+            method: as in `project_`.
+            kernel: as in `project_`.
+
+        Returns:
+            the function that `projection.make_projection` describes.
+
+        Raises:
+            ValueError: an unknown method or kernel, a kernel that cannot run here, or `conflict` where `rank` was
+                below the number of reference gradients, be they independent or not.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}")
+        num_references, most = self.geometry.references.shape[1], self._most_directions
+        if method == "conflict" and most is not None and most < num_references:
+            # What the lost directions held of a reference gradient could not be kept from rising.
+            raise ValueError(
+                f"`method` conflict needs a direction for every reference gradient; of {num_references}, `rank` kept "
+                f"{most} at most"
+            )
+        if (method, kernel) not in self._projections:
+            self._projections[method, kernel] = make_projection(
+                self.plan(kernel), self.geometry, method, self.processes
+            )
+        return self._projections[method, kernel]
+
+    @torch.no_grad()
+    def project_(
+        self,
+        gradients: dict[str, torch.Tensor | None],
+        method: Literal["orthogonal", "conflict", "monitor"] = "orthogonal",
+        kernel: Literal["auto", "triton", "torch"] = "auto",
+    ) -> ProjectionStats:
+        """Project gradients in place and measure what was removed and what is left.
+
+        Once an optimizer step: after the last micro-batch's backward pass, after `GradScaler.unscale_` where there is
+        one, and before clipping. Gradients must be whole: with several processes, those that DistributedDataParallel
+        has averaged and not those that FSDP or DeepSpeed shards.
+
+        Args:
+            gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; every name of the
+                subspace must be there. None, for a parameter without gradient, counts as zero; with scope `global` its
+                part of the projection cannot be written, so a component may be left, which `residual` shows. A name
+                that no reference gradient touched is left alone.
+            method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
+                change after which no reference loss rises to first order; `monitor` changes nothing.
+            kernel: `triton`, `torch`, or `auto` for triton where it runs.
+
+        Returns:
+            the figures of this projection; reading one waits for the device.
+
+        Raises:
+            ValueError: an unknown method or kernel, a name of the subspace that is missing, a tensor with another
+                number of elements than its reference, `conflict` where `rank` was below the number of reference gradients.
+            TypeError: no dict, or a tensor of another dtype or a sparse one.
+        """
+        sizes = [basis.shape[1] for basis in self.basis]
+        ordered = order_gradients(gradients, self.names, sizes, GRADIENT_DTYPES)
+        return self.projection(method, kernel)(ordered, measure=True)
 
 
-def orthonormalise_(
-    rows: Sequence[torch.Tensor],
-    groups: Sequence[int],
-    num_groups: int,
-    rank: int | None = None,
-    device: torch.device | None = None,
-    parts: int = 1,
-    shards: Shards | None = None,
-) -> tuple[list[torch.Tensor], Geometry]:
-    """Turn reference gradients into an orthonormal basis of their span, in their own memory.
-
-    The basis comes from the eigenvectors of the Gram matrix of the unit reference gradients (every capability weighs
-    the same, however large its gradient): `C = V Λ Vᵀ`, `U = Λ^{-1/2} Vᵀ R`. Directions whose eigenvalue is below
-    what rounding alone produces are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
-
-    Args:
-        rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten, or emptied.
-        groups: the group of each tensor.
-        num_groups: how many groups there are.
-        rank: most directions kept; None keeps all `n`.
-        device: where the arithmetic runs; None: where the rows are.
-        parts: consecutive rows that together, summed, are the gradient of one reference set.
-        shards: the processes that the rows are split over, each of which turns its piece; None: they are whole.
-
-    Returns:
-        the basis, one tensor `[r, numel_i]` a parameter, `r` the largest rank of any group (unused rows are zero), and
-        its `Geometry` on the CPU.
-
-    Raises:
-        FloatingPointError: a reference gradient is not finite.
-    """
-    device = device or rows[0].device
-    gram = gram_matrices(rows, groups, num_groups, device, shards)
-    if not torch.isfinite(gram).all():
-        raise FloatingPointError("a reference gradient is not finite")
-
-    n = gram.shape[1]
-    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
-    inverse_norms = ratio(torch.ones_like(norms), norms)
-    cosines = gram * inverse_norms[:, :, None] * inverse_norms[:, None, :]
-    eigenvalues, eigenvectors = torch.linalg.eigh(cosines)
-    if shards is not None:
-        solution = shards.agree(torch.cat([eigenvalues[:, None], eigenvectors], dim=1))
-        eigenvalues, eigenvectors = solution[:, 0], solution[:, 1:]
-    eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
-
-    tolerance = max((4 * max(torch.finfo(row.dtype).eps for row in rows)) ** 2, 1e-10)
-    kept = eigenvalues > tolerance * n
-    kept[:, rank if rank is not None else n :] = False
-    ranks = tuple(kept.sum(1).tolist())
-    r = max(1, *ranks)
-    kept, eigenvectors = kept[:, :r], eigenvectors[:, :, :r]
-    roots = eigenvalues[:, :r].clamp(min=0).sqrt() * kept
-
-    weights = ratio(torch.ones_like(roots), roots)[:, :, None] * eigenvectors.mT * inverse_norms[:, None, :]
-    _transform_rows_(rows, groups, weights, device)
-    basis = [_first_rows(row, r) for row in rows]
-
-    coordinates = (norms[:, :, None] * eigenvectors * roots[:, None, :]).unflatten(1, (-1, parts)).sum(2)
-    blocks = gram.unflatten(2, (-1, parts)).unflatten(1, (-1, parts)).diagonal(dim1=1, dim2=3)
-    set_norms = blocks.sum((1, 2)).clamp(min=0).sqrt()
-    total_norms = set_norms.square().sum(0).sqrt()
-    geometry = Geometry(
-        whitening=_whitening(gram_matrices(basis, groups, num_groups, device, shards), kept),
-        references=ratio(coordinates, set_norms[:, :, None]),
-        shares=ratio(set_norms, total_norms),
-        ranks=ranks,
-    )
-    return basis, geometry
-
-
-def _whitening(gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Return `T` with `T G Tᵀ = I` on the kept directions and zero elsewhere (`T = L⁻¹`, `G = L Lᵀ`)."""
-    kept = kept.to(gram.dtype)
-    block = kept[:, :, None] * kept[:, None, :]
-    padded = gram * block + torch.diag_embed(1 - kept)
-    inverse = torch.linalg.inv(torch.linalg.cholesky(padded))
-    return inverse * block
-
-
-def assign_groups(num_tensors: int, scope: str) -> tuple[list[int], int]:
-    """Return the group of each tensor and the number of groups for a scope (`parameter` or `global`)."""
-    if scope == "parameter":
-        return list(range(num_tensors)), num_tensors
-    return [0] * num_tensors, 1
+def read_geometry(read: Read) -> Geometry:
+    """Read the geometry that `Subspace.tensors` has, onto the CPU."""
+    *numbers, ranks = [read(f"geometry.{field.name}") for field in fields(Geometry)]
+    return Geometry(*numbers, tuple(ranks.tolist()))

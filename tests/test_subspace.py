@@ -12,8 +12,8 @@ from scipy.optimize import nnls
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_ogpsa import Subspace
+from llamafactory_ogpsa.geometry import gram_matrices
 from llamafactory_ogpsa.projection import conflict_policy
-from llamafactory_ogpsa.subspace import gram_matrices
 
 
 SHAPES = {"a": (5, 7), "b": (11,), "c": (3, 4, 2), "d": (1,)}
@@ -176,8 +176,8 @@ def test_a_gradient_that_is_not_finite_is_left_as_it_is(bad, method):
 
 @pytest.mark.parametrize("widths", [(1,), (15, 16), (17, 0, 100)])
 def test_gram_matrices_of_rows_in_several_chunks_and_slices(monkeypatch, widths):
-    monkeypatch.setattr("llamafactory_ogpsa.subspace._CHUNK", 3 * 40)
-    monkeypatch.setattr("llamafactory_ogpsa.subspace._SLICE", 16)
+    monkeypatch.setattr("llamafactory_ogpsa.geometry._CHUNK", 3 * 40)
+    monkeypatch.setattr("llamafactory_ogpsa.geometry._SLICE", 16)
     rows = [torch.randn(3, width, generator=torch.Generator().manual_seed(width)) for width in widths]
     whole = torch.cat(rows, dim=1).double()
     gram = gram_matrices(rows, [0] * len(rows), 1, torch.device("cpu"))

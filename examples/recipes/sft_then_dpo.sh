@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Safety SFT, then DPO on top of it, with the files of examples/yaml/recipes:
+# Safety SFT, then DPO on top of it:
 #
 #     examples/recipes/sft_then_dpo.sh MODEL TUNING METHOD [key=value ...]
 #
@@ -14,19 +14,14 @@ fi
 model=$1 tuning=$2 method=$3
 shift 3
 
-saves=$(realpath -m "${SAVES:-$(dirname "$0")/../../saves}")/$model/$tuning
-cd "$(dirname "$0")/../.."
-config=examples/yaml/recipes/${model}_${tuning}
-sft=$saves/sft_$method
-dpo=$saves/sft_dpo_$method
-
+here=$(dirname "$0")
+saves=$(realpath -m "${SAVES:-$here/../../saves}")/$model/$tuning
 if [ "$tuning" = full ]; then
-  export FORCE_TORCHRUN=1 # DeepSpeed runs under torchrun only, also on one GPU
-  start=("model_name_or_path=$sft")
+  start=("model_name_or_path=$saves/sft_$method")
 else
   # The SFT's adapter is merged first, so that DPO's reference model is the model after SFT.
-  start=("adapter_name_or_path=$sft" "create_new_adapter=true")
+  start=("adapter_name_or_path=$saves/sft_$method" "create_new_adapter=true")
 fi
 
-llamafactory-cli train "${config}_sft_$method.yaml" "output_dir=$sft" "$@"
-llamafactory-cli train "${config}_dpo_$method.yaml" "output_dir=$dpo" "$@" "${start[@]}"
+"$here/train.sh" "$model" "$tuning" sft "$method" "$@"
+"$here/train.sh" "$model" "$tuning" dpo "$method" "output_dir=$saves/sft_dpo_$method" "$@" "${start[@]}"

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from .. import ROOT
 from ..generate import load_checkpoint

@@ -3,13 +3,13 @@
 import torch
 from torch.distributed.tensor import DTensor
 
-from .engine import Engine, sum_numbers
+from .engine import Engine, Weight
 from .fsdp import FullyShardedEngine
+from .processes import Processes
 from .replicated import ReplicatedEngine
-from .shards import Shards
 
 
-__all__ = ["Engine", "Shards", "make_engine", "sum_numbers"]
+__all__ = ["Engine", "Processes", "Weight", "make_engine"]
 
 
 def make_engine(

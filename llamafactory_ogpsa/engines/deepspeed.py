@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 
-from .engine import trainable_parameters
-from .shards import Shards
+from .engine import Weight, trainable_parameters
+from .processes import Processes
 
 
 # Before it, ZeRO-2 with offload dropped all but the last of several backward passes, without a message.
@@ -71,12 +71,14 @@ class Place(NamedTuple):
         index: the position of the parameter among those of the group that have a piece here.
         start: the first element of the piece in the group's flat gradient.
         size: its number of elements.
+        offset: its first element in the flattened parameter.
     """
 
     group: int
     index: int
     start: int
     size: int
+    offset: int
 
 
 def find_problems() -> list[str]:
@@ -136,21 +138,21 @@ class ZeroEngine(ABC):
         self._zero = engine.optimizer
         trainable = trainable_parameters(model)
         self.names = [name for name, _ in trainable]
-        self._parameters = [param for _, param in trainable]
-        self.num_parameters = sum(getattr(param, "ds_numel", param.numel()) for param in self._parameters)
+        self.parameters = [param for _, param in trainable]
+        self.num_parameters = sum(getattr(param, "ds_numel", param.numel()) for param in self.parameters)
         self._compute_device = torch.device(engine.device)
         self._offload = self._offloads()
         self.device = torch.device("cpu") if self._offload else self._compute_device
-        self.shards = Shards(self._zero.dp_process_group, self._compute_device)
-        self.rank = dist.get_rank(self._zero.dp_process_group)
-        self.world_size = dist.get_world_size(self._zero.dp_process_group)
+        group = self._zero.dp_process_group
+        self.processes = Processes(dist.get_rank(group), dist.get_world_size(group), self._compute_device, group)
         self._places = self._find_places()
         self.sizes = [0 if place is None else place.size for place in self._places]
+        self.offsets = [0 if place is None else place.offset for place in self._places]
 
     @property
     def dtypes(self) -> list[torch.dtype]:
         kept = self._buffers()[0].dtype if self._offload else self._zero.gradient_accumulation_dtype
-        return [kept] * len(self._parameters)
+        return [kept] * len(self.parameters)
 
     @property
     def loss_scale(self) -> float:
@@ -169,7 +171,7 @@ class ZeroEngine(ABC):
         # `complete` has it copy what any has reached.
         self._engine.set_gradient_accumulation_boundary(last and not self._finalizes)
         # DeepSpeed multiplies by its own loss scale, and by 1 / gradient_accumulation_steps unless told not to.
-        self._engine.backward(loss * (scale * self.world_size / self.loss_scale), scale_wrt_gas=False)
+        self._engine.backward(loss * (scale * self.processes.size / self.loss_scale), scale_wrt_gas=False)
 
     def complete(self) -> None:
         if self._finalizes:
@@ -199,6 +201,10 @@ class ZeroEngine(ABC):
         """Return the flat gradients in host memory of an offloading optimizer, one a group."""
 
     @abstractmethod
+    def _partitions(self) -> list[torch.Tensor]:
+        """Return the flat float32 weights that the optimizer steps, one a group, laid out as `Place` says."""
+
+    @abstractmethod
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         """Return the gradients on the device, by group, in the order of `Place.index`; no group without gradients."""
 
@@ -209,7 +215,7 @@ class ZeroEngine(ABC):
             reached = self._zero.norm_for_param_grads
             return [
                 piece if self._zero.get_param_id(param) in reached else None
-                for param, piece in zip(self._parameters, self._offloaded(), strict=True)
+                for param, piece in zip(self.parameters, self._offloaded(), strict=True)
             ]
 
         pieces = self._pieces()
@@ -223,11 +229,24 @@ class ZeroEngine(ABC):
         buffers = self._buffers()
         return [None if at is None else buffers[at.group].narrow(0, at.start, at.size) for at in self._places]
 
+    def weights(self) -> list[Weight | None]:
+        partitions = self._partitions()
+        return [
+            None
+            if at is None
+            else Weight(partitions[at.group], at.start, at.size, self._parameter_groups().get(at.group, at.group))
+            for at in self._places
+        ]
+
+    def _parameter_groups(self) -> dict[int, int]:
+        """Return the optimizer's parameter group of each group, where they are not the same."""
+        return {}
+
     def fill(self) -> None:
         # On the device the partitions hold something for every parameter, which is what DeepSpeed steps by.
         if self._offload:
             norms = self._zero.norm_for_param_grads
-            for param, piece in zip(self._parameters, self._offloaded(), strict=True):
+            for param, piece in zip(self.parameters, self._offloaded(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key not in norms and piece is not None:
                     norms[key] = torch.linalg.vector_norm(piece.zero_())
@@ -236,7 +255,7 @@ class ZeroEngine(ABC):
         # With offload the norms were taken when the gradients were copied, before the projection.
         if self._offload:
             norms = self._zero.norm_for_param_grads
-            for param, gradient in zip(self._parameters, self.gradients(), strict=True):
+            for param, gradient in zip(self.parameters, self.gradients(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key in norms and gradient is not None:
                     norms[key] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
@@ -258,13 +277,16 @@ class Zero12Engine(ZeroEngine):
                 key = zero.get_param_id(param)
                 start, skipped = int(offsets[rank][key]), int(starts[rank][key])
                 size = min(param.numel() - skipped, int(zero.partition_size[group]) - start)
-                places[id(param)] = Place(group, index, start, size)
+                places[id(param)] = Place(group, index, start, size, skipped)
         optimized = {id(param) for group in zero.bit16_groups for param in group}
-        _require(optimized, self.names, self._parameters)
-        return [places.get(id(param)) for param in self._parameters]
+        _require(optimized, self.names, self.parameters)
+        return [places.get(id(param)) for param in self.parameters]
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [partition.grad.view(-1) for partition in self._zero.single_partition_of_fp32_groups]
+        return [partition.grad.view(-1) for partition in self._partitions()]
+
+    def _partitions(self) -> list[torch.Tensor]:
+        return self._zero.single_partition_of_fp32_groups
 
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         return {
@@ -297,16 +319,24 @@ class Zero3Engine(ZeroEngine):
     def _find_places(self) -> list[Place | None]:
         zero = self._zero
         indices = {id(param): index for params in zero.fp16_groups for index, param in enumerate(params)}
-        _require(indices, self.names, self._parameters)
+        _require(indices, self.names, self.parameters)
         places = []
-        for param in self._parameters:
+        for param in self.parameters:
             group, start, part = zero.grad_position[zero.get_param_id(param)]
-            size = max(0, min(part, param.ds_numel - self.rank * part))  # the rest of the last parts is padding
-            places.append(Place(group, indices[id(param)], start, size))
+            size = max(
+                0, min(part, param.ds_numel - self.processes.rank * part)
+            )  # the rest of the last parts is padding
+            places.append(Place(group, indices[id(param)], start, size, self.processes.rank * part))
         return places
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [group.grad for group in self._zero.fp32_partitioned_groups_flat]
+        return [group.grad for group in self._partitions()]
+
+    def _partitions(self) -> list[torch.Tensor]:
+        return self._zero.fp32_partitioned_groups_flat
+
+    def _parameter_groups(self) -> dict[int, int]:
+        return self._zero.sub_group_to_group_id
 
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         return self._zero.averaged_gradients

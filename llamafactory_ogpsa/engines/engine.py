@@ -1,12 +1,34 @@
 """What the rest of the project knows of the way in which a model is trained."""
 
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from .shards import Shards
+from .processes import Processes
+
+
+class Weight(NamedTuple):
+    """The elements of a parameter that go with its (piece of a) gradient, as the optimizer updates them.
+
+    Attributes:
+        optimized: the tensor that the optimizer steps, the key of its state: the parameter, or DeepSpeed's flat
+            float32 partition of many parameters.
+        start: the first element, in the flattened local part of `optimized`.
+        size: the number of elements.
+        group: the index of the optimizer's parameter group that steps it; None where the group names `optimized`.
+    """
+
+    optimized: torch.Tensor
+    start: int
+    size: int
+    group: int | None = None
+
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return these elements, `[size]`, of `optimized` or of a tensor of its shape in the optimizer's state."""
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return local.detach().reshape(-1).narrow(0, self.start, self.size)
 
 
 class Engine(Protocol):
@@ -17,23 +39,23 @@ class Engine(Protocol):
 
     Attributes:
         names: the names of the trainable parameters; tied parameters appear once.
+        parameters: the parameters.
         sizes: the number of elements of each gradient (of its local piece), which may be 0.
+        offsets: the first element of each piece in the flattened parameter.
         dtypes: the dtype of each gradient.
         num_parameters: the number of trainable parameters of the model.
         device: where the gradients are.
-        shards: the processes that every gradient is split over; None where each process has it whole.
-        rank: the number of this process.
-        world_size: the number of processes that the samples are split over.
+        processes: the processes that the samples, and perhaps the gradients, are split over.
     """
 
     names: list[str]
+    parameters: list[torch.nn.Parameter]
     sizes: list[int]
+    offsets: list[int]
     dtypes: list[torch.dtype]
     num_parameters: int
     device: torch.device
-    shards: Shards | None
-    rank: int
-    world_size: int
+    processes: Processes
 
     @property
     def loss_scale(self) -> float:
@@ -66,16 +88,8 @@ class Engine(Protocol):
     def projected(self) -> None:
         """Take note that the gradients were changed in place."""
 
-
-def sum_numbers(engine: Engine, numbers: list[float]) -> list[float]:
-    """Return the sums of a few numbers over all processes."""
-    if engine.world_size == 1:
-        return list(numbers)
-
-    device = engine.shards.device if engine.shards is not None else engine.device
-    total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    def weights(self) -> list[Weight | None]:
+        """Return where the weights of each gradient are; None where this process has none of them."""
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

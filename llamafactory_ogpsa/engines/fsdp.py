@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from .engine import trainable_parameters
-from .shards import Shards
+from .engine import Weight, trainable_parameters
+from .processes import Processes
 
 
 class FullyShardedEngine:
@@ -31,7 +31,7 @@ class FullyShardedEngine:
         """
         trainable = trainable_parameters(model)
         self.names = [name for name, _ in trainable]
-        self._parameters = [param for _, param in trainable]
+        self.parameters = [param for _, param in trainable]
         groups = {name: _shard_group(param) for name, param in trainable}
         group = groups[self.names[0]]
         for name in self.names:
@@ -41,53 +41,64 @@ class FullyShardedEngine:
                     f"OGPSA cannot train {name} under FSDP: it is not sharded over one mesh dimension as the other "
                     "trainable parameters are; allowed: `fully_shard` (FSDP2) on every trainable parameter."
                 )
-        self.sizes = [param.to_local().numel() for param in self._parameters]
-        self.dtypes = [param.dtype for param in self._parameters]
-        self.num_parameters = sum(param.numel() for param in self._parameters)
+        self.sizes = [param.to_local().numel() for param in self.parameters]
+        self.offsets = [_offset(param) for param in self.parameters]
+        self.dtypes = [param.dtype for param in self.parameters]
+        self.num_parameters = sum(param.numel() for param in self.parameters)
         self._scaler = scaler
-        self.shards = Shards(group, device)
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
+        self.processes = Processes(dist.get_rank(), dist.get_world_size(), device, group)
 
     @property
     def device(self) -> torch.device:
-        return self._parameters[0].to_local().device
+        return self.parameters[0].to_local().device
 
     @property
     def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.get_scale()
 
     def gradients(self) -> list[torch.Tensor | None]:
-        return [None if param.grad is None else param.grad.to_local() for param in self._parameters]
+        return [None if param.grad is None else param.grad.to_local() for param in self.parameters]
 
     def clear(self) -> None:
-        for param in self._parameters:
+        for param in self.parameters:
             param.grad = None
 
     def reference_pass(self) -> AbstractContextManager:
         return nullcontext()
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        (loss * (scale * self.world_size)).backward()
+        (loss * (scale * self.processes.size)).backward()
 
     def complete(self) -> None:
         pass
 
     def fill(self) -> None:
-        for param in self._parameters:
+        for param in self.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
 
     def projected(self) -> None:
         pass
 
+    def weights(self) -> list[Weight | None]:
+        return [Weight(param, 0, size) for param, size in zip(self.parameters, self.sizes, strict=True)]
+
 
 def _shard_group(param: torch.nn.Parameter) -> dist.ProcessGroup | None:
-    """Return the processes that a parameter is split over; None where it is not a DTensor sharded exactly once."""
+    """Return the processes that a parameter's first dimension is split over; None where it is not, or others are."""
     if not isinstance(param, DTensor):
         return None
     sharded = [dim for dim, placement in enumerate(param.placements) if placement.is_shard()]
+    if any(not param.placements[dim].is_shard(0) for dim in sharded):
+        return None
     return param.device_mesh.get_group(sharded[0]) if len(sharded) == 1 else None
+
+
+def _offset(param: DTensor) -> int:
+    """Return the first element of this process's shard in the flattened parameter; it is sharded by `torch.chunk`."""
+    dim = next(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
+    rows = -(-param.shape[0] // param.device_mesh.size(dim))
+    return min(param.device_mesh.get_local_rank(dim) * rows, param.shape[0]) * (param.numel() // param.shape[0])
 
 
 def _processes(group: dist.ProcessGroup) -> list[int]:

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .engine import trainable_parameters
+from .engine import Weight, trainable_parameters
+from .processes import Processes
 
 
 class ReplicatedEngine:
@@ -14,8 +15,6 @@ class ReplicatedEngine:
 
     The projection needs no communication here: every process computes the same numbers from the same gradients.
     """
-
-    shards = None
 
     def __init__(
         self,
@@ -42,29 +41,31 @@ class ReplicatedEngine:
                     f"{name} on {param.device}; allowed: all trainable parameters on one device in each process."
                 )
         self.names = [name for name, _ in trainable]
-        self._parameters = [param for _, param in trainable]
-        self.sizes = [param.numel() for param in self._parameters]
-        self.dtypes = [param.dtype for param in self._parameters]
+        self.parameters = [param for _, param in trainable]
+        self.sizes = [param.numel() for param in self.parameters]
+        self.offsets = [0] * len(self.sizes)
+        self.dtypes = [param.dtype for param in self.parameters]
         self.num_parameters = sum(self.sizes)
         self._scaler = scaler
         wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
-        self.rank = dist.get_rank() if self._ddp is not None else 0
-        self.world_size = dist.get_world_size() if self._ddp is not None else 1
+        self.processes = Processes(device=device)
+        if self._ddp is not None:
+            self.processes = Processes(dist.get_rank(), dist.get_world_size(), device)
 
     @property
     def device(self) -> torch.device:
-        return self._parameters[0].device
+        return self.parameters[0].device
 
     @property
     def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.get_scale()
 
     def gradients(self) -> list[torch.Tensor | None]:
-        return [param.grad for param in self._parameters]
+        return [param.grad for param in self.parameters]
 
     def clear(self) -> None:
-        for param in self._parameters:
+        for param in self.parameters:
             param.grad = None
 
     def reference_pass(self) -> AbstractContextManager:
@@ -75,17 +76,20 @@ class ReplicatedEngine:
         (loss * scale).backward()
 
     def complete(self) -> None:
-        if self.world_size == 1:
+        if self.processes.size == 1:
             return
 
         self.fill()
-        for work in [dist.all_reduce(param.grad, async_op=True) for param in self._parameters]:
+        for work in [dist.all_reduce(param.grad, async_op=True) for param in self.parameters]:
             work.wait()
 
     def fill(self) -> None:
-        for param in self._parameters:
+        for param in self.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
 
     def projected(self) -> None:
         pass
+
+    def weights(self) -> list[Weight | None]:
+        return [Weight(param, 0, param.numel()) for param in self.parameters]

@@ -15,7 +15,7 @@ first write. Such a launch would have to be followed by another read and write o
 """
 
 from .factory import MAX_RANK, make_plan, triton_obstacle
-from .plan import Plan
+from .plan import TINY_SQUARE, Plan
 
 
-__all__ = ["MAX_RANK", "Plan", "make_plan", "triton_obstacle"]
+__all__ = ["MAX_RANK", "TINY_SQUARE", "Plan", "make_plan", "triton_obstacle"]

@@ -51,7 +51,7 @@ def make_plan(
     device = basis[0].device if device is None else torch.empty(0, device=device).device
     source = _source(basis, groups, device)
     numels = [b.shape[1] for b in basis]
-    if _use_triton(kernel, device):
+    if use_triton(kernel, device):
         from .triton_plan import TritonPlan
 
         return TritonPlan(source, numels, num_groups, basis[0].shape[0])
@@ -90,7 +90,8 @@ def _source(basis: Sequence[torch.Tensor], groups: Sequence[int], device: torch.
     return StreamedBasis(basis, groups, device)
 
 
-def _use_triton(kernel: str, device: torch.device) -> bool:
+def use_triton(kernel: str, device: torch.device) -> bool:
+    """Choose between Triton and torch, and log the choice of ``auto``; see :func:`make_plan`."""
     if kernel not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel must be auto, triton or torch, not {kernel!r}.")
 

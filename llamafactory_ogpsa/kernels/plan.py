@@ -10,6 +10,10 @@ from .basis import ResidentBasis
 
 Gradients = Sequence[torch.Tensor | None]
 
+# Squares of smaller numbers vanish in float32: where the squared norm of a group is below it, c counts as zero, so that
+# nothing is removed that the figures could not show.
+TINY_SQUARE = 2.0**-100
+
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,7 +48,7 @@ class Plan(ABC):
 
         Returns:
             c, float32 ``[num_groups, rank]``, and sq, float32 ``[num_groups]``, both on the plan's device. A group
-            without gradients has zeros.
+            without gradients has zeros, and c is zero where sq is below ``TINY_SQUARE``.
 
         Raises:
             ValueError: the gradients' number, sizes or device differ from the plan's.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .basis import Piece, ResidentBasis
-from .plan import Gradients, Plan
+from .plan import TINY_SQUARE, Gradients, Plan
 from .policy import orthogonal_step
 
 
@@ -106,9 +106,11 @@ class TorchPlan(Plan):
                     if flat[chunk.tensor] is not None:
                         _partial_sums(chunk, _part(flat, chunk))
 
-        return torch.segment_reduce(
+        sums = torch.segment_reduce(
             self._partials.to(self._sum_dtype), "sum", lengths=self._group_chunks, axis=0, initial=0.0, unsafe=True
         )
+        sums[:, :-1].masked_fill_(sums[:, -1:] < TINY_SQUARE, 0.0)
+        return sums
 
     def _write(self, dense: list[torch.Tensor | None], delta: torch.Tensor, scale: torch.Tensor | None) -> None:
         flat = _flatten(dense)

@@ -16,12 +16,16 @@ import torch
 import triton
 import triton.language as tl
 
+from .plan import TINY_SQUARE
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Rows of the basis that are worked on at a time. More would not fit the registers: with a higher rank a tile of the
 # gradient is read again, from the cache, for every eight rows.
 MAX_ROWS = 8
+
+_TINY = tl.constexpr(TINY_SQUARE)
 
 
 @triton.jit
@@ -176,8 +180,8 @@ def reduce_kernel(
         squares += tl.load(table + RANK * num_tiles.to(tl.int64), at < end, other=0.0).to(tl.float64)
         begin += BLOCK
         at += BLOCK
-    c = tl.sum(dots, 1)
     sq = tl.sum(squares, 0)
+    c = tl.where(sq < _TINY, 0.0, tl.sum(dots, 1))
     tl.store(c_out + group * RANK + rows, c.to(tl.float32), rows < RANK)
     tl.store(sq_out + group, sq.to(tl.float32))
     if SOLVE:

@@ -1,9 +1,8 @@
-"""The seam `llamafactory.webui.interface`: OGPSA's stages, options and figures in LlamaBoard.
+"""The seam `llamafactory.webui.interface`: OGPSA's stages and options in LlamaBoard.
 
-LlamaBoard is built by its own functions. While they build it, the Train tab gets one accordion more, whose elements
-count as inputs of everything that reads or restores the options; the runner of that one LlamaBoard then knows what
-to do with them. Where anything is not as expected, LlamaBoard is built once more without OGPSA, and the terminal says
-so.
+LlamaBoard is built by its own functions. While they build it, the Train tab gets one more accordion. Its elements count
+as inputs of everything that reads or restores the options; `board_runner` makes a command of them. If anything is not
+as expected, LlamaBoard is built again without OGPSA, and the terminal says so.
 """
 
 import functools
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
-from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.locales import LOCALES as STOCK_LOCALES
-from llamafactory.webui.runner import Runner
 
-from .arguments import PREFIX, STAGES
-from .board_locales import LOCALES, add_locales, alert
-from .board_plot import make_figure, show_figure, show_refresh
-from .board_tab import SUFFIX, connect, create_ogpsa_tab, find_error, is_ogpsa, options_of, stock_stage
+from ..options import PREFIX
+from .arguments import STAGES
+from .board_locales import LOCALES, add_locales
+from .board_runner import check_runner, hook_runner
+from .board_tab import SUFFIX, connect, create_ogpsa_tab, is_ogpsa
 
 
 if TYPE_CHECKING:
@@ -32,23 +30,13 @@ if TYPE_CHECKING:
     from llamafactory.webui.engine import Engine
 
 
-# The methods of LlamaBoard's runner that are wrapped, with their parameters.
-_RUNNER = {
-    "_initialize": ["self", "data", "do_train", "from_preview"],
-    "_parse_train_args": ["self", "data"],
-    "_build_config_dict": ["self", "data"],
-    "monitor": ["self"],
-}
-
 # The elements of the Train tab that OGPSA reads, listens to or writes to.
 _ELEMENTS = {
     "training_stage",
     "dataset_dir",
     "dataset",
     "packing",
-    "use_badam",
     "apollo_tab",
-    "ds_stage",
     "output_dir",
     "output_box",
     "progress_bar",
@@ -90,10 +78,7 @@ def check_layout(module: ModuleType) -> None:
     Raises:
         AttributeError, TypeError, ValueError: it does not; says what was looked for.
     """
-    for name, expected in _RUNNER.items():
-        parameters = list(inspect.signature(getattr(Runner, name)).parameters)
-        if parameters != expected:
-            raise TypeError(f"Runner.{name} has the parameters {parameters}, not {expected}")
+    check_runner()
     parameters = list(inspect.signature(module.create_train_tab).parameters)
     if parameters != ["engine"]:
         raise TypeError(f"create_train_tab has the parameters {parameters}, not ['engine']")
@@ -123,7 +108,7 @@ def remove_entries() -> None:
 
 @contextmanager
 def ogpsa_names(module: ModuleType) -> Iterator[None]:
-    """While the context is open, the names that LlamaBoard's builders look up have OGPSA in them."""
+    """Replace the functions that LlamaBoard's builders look up while the context is open."""
     train = importlib.import_module("llamafactory.webui.components.train")
     create_train_tab, change_stage = module.create_train_tab, train.change_stage
 
@@ -188,72 +173,3 @@ def move_behind(block: Any, other: Any) -> None:
     siblings = block.parent.children
     siblings.remove(block)
     siblings.insert(siblings.index(other) + 1, block)
-
-
-def hook_runner(runner: Runner) -> None:
-    """Let a runner check, build, save and follow OGPSA runs; what it does for any other run stays as it is."""
-    initialize, parse_train_args = runner._initialize, runner._parse_train_args
-    build_config_dict, monitor = runner._build_config_dict, runner.monitor
-
-    def elem(name):
-        return runner.manager.get_elem_by_id(name)
-
-    def asks_for_ogpsa(data):
-        # The Evaluate tab has no stage among its inputs.
-        return is_ogpsa(data.get(elem("train.training_stage")) or "")
-
-    def panel_of(data):
-        ids = {runner.manager.get_id_by_elem(elem).removeprefix("train."): elem for elem in data}
-        return {name: data[elem] for name, elem in ids.items() if name.startswith(PREFIX)}
-
-    def initialize_with_ogpsa(data, do_train, from_preview):
-        error = initialize(data, do_train, from_preview)
-        if error or not do_train or not asks_for_ogpsa(data):
-            return error
-
-        if data[elem("train.ds_stage")] != "none":
-            return alert("err_ogpsa_deepspeed", data[elem("top.lang")])
-        values = [data[elem(f"train.{name}")] for name in ("training_stage", "dataset_dir", "use_badam")]
-        return find_error(panel_of(data), *values, data[elem("top.lang")])
-
-    def parse_train_args_with_ogpsa(data):
-        if not asks_for_ogpsa(data):
-            return parse_train_args(data)
-
-        stage = data[elem("train.training_stage")]
-        args = parse_train_args({**data, elem("train.training_stage"): stock_stage(stage)})
-        return {**args, "stage": TRAINING_STAGES[stage], **options_of(panel_of(data))}
-
-    def build_config_dict_with_ogpsa(data):
-        config = build_config_dict(data)
-        if asks_for_ogpsa(data):
-            return config
-        # A stock run's file stays one that LlamaBoard can load where the plugin is not installed.
-        return {name: value for name, value in config.items() if name not in {f"train.{key}" for key in LOCALES}}
-
-    @functools.wraps(monitor)
-    def monitor_with_ogpsa():
-        data = runner.running_data
-        if not runner.do_train or not asks_for_ogpsa(data):
-            yield from monitor()
-            return
-
-        names = ("top.model_name", "top.finetuning_type", "train.output_dir")
-        output_path = get_save_dir(*(data[elem(name)] for name in names))
-        viewer, progress_bar, output_box = (
-            elem(f"train.{name}") for name in ("loss_viewer", "progress_bar", "output_box")
-        )
-        for update in monitor():
-            if runner.running and not runner.aborted:
-                figure = make_figure(output_path)
-                progress = show_refresh(update[output_box], output_path, data[elem("top.lang")])
-                shown = {} if figure is None else {viewer: gr.Plot(figure)}
-                update = {**update, **shown, progress_bar: progress or update[progress_bar]}
-            yield update
-        # LlamaBoard's last look at a run is up to two seconds before its end.
-        yield {viewer: show_figure(output_path)}
-
-    runner._initialize = initialize_with_ogpsa
-    runner._parse_train_args = parse_train_args_with_ogpsa
-    runner._build_config_dict = build_config_dict_with_ogpsa
-    runner.monitor = monitor_with_ogpsa

@@ -12,136 +12,58 @@ LOCALES = {
         "ja": {"label": "OGPSA 設定"},
     },
     "ogpsa_dataset": {
-        "en": {
-            "label": "General sets",
-            "info": "Datasets of the general abilities to preserve, one ability each.",
-        },
+        "en": {"label": "General sets", "info": "Datasets of the general abilities to preserve, one ability each."},
         "ru": {
             "label": "Общие наборы",
             "info": "Наборы данных по сохраняемым общим способностям, по одному на способность.",
         },
-        "zh": {
-            "label": "通用数据集",
-            "info": "需要保留的通用能力的数据集，每种能力一个。",
-        },
-        "ko": {
-            "label": "일반 데이터셋",
-            "info": "보존할 일반 능력의 데이터셋. 능력마다 하나씩 선택합니다.",
-        },
-        "ja": {
-            "label": "一般データセット",
-            "info": "保持したい一般能力のデータセット。能力ごとに一つ選びます。",
-        },
+        "zh": {"label": "通用数据集", "info": "需要保留的通用能力的数据集，每种能力一个。"},
+        "ko": {"label": "일반 데이터셋", "info": "보존할 일반 능력의 데이터셋. 능력마다 하나씩 선택합니다."},
+        "ja": {"label": "一般データセット", "info": "保持したい一般能力のデータセット。能力ごとに一つ選びます。"},
     },
     "ogpsa_num_samples": {
-        "en": {
-            "label": "Samples per set",
-            "info": "The first N samples of each general set are used.",
-        },
-        "ru": {
-            "label": "Примеров на набор",
-            "info": "Из каждого общего набора берутся первые N примеров.",
-        },
-        "zh": {
-            "label": "每个数据集的样本数",
-            "info": "使用每个通用数据集的前 N 个样本。",
-        },
-        "ko": {
-            "label": "데이터셋당 샘플 수",
-            "info": "각 일반 데이터셋의 처음 N개 샘플을 사용합니다.",
-        },
-        "ja": {
-            "label": "セットごとのサンプル数",
-            "info": "各一般データセットの先頭 N 件のサンプルを使用します。",
-        },
+        "en": {"label": "Samples per set", "info": "The first N samples of each general set are used."},
+        "ru": {"label": "Примеров на набор", "info": "Из каждого общего набора берутся первые N примеров."},
+        "zh": {"label": "每个数据集的样本数", "info": "使用每个通用数据集的前 N 个样本。"},
+        "ko": {"label": "데이터셋당 샘플 수", "info": "각 일반 데이터셋의 처음 N개 샘플을 사용합니다."},
+        "ja": {"label": "セットごとのサンプル数", "info": "各一般データセットの先頭 N 件のサンプルを使用します。"},
     },
     "ogpsa_update_interval": {
-        "en": {
-            "label": "Update interval",
-            "info": "Number of steps between two refreshes of the OGPSA subspace.",
-        },
-        "ru": {
-            "label": "Интервал обновления",
-            "info": "Количество шагов между обновлениями подпространства OGPSA.",
-        },
-        "zh": {
-            "label": "更新间隔",
-            "info": "相邻两次 OGPSA 子空间更新之间的步数。",
-        },
-        "ko": {
-            "label": "업데이트 간격",
-            "info": "OGPSA 부분 공간을 업데이트할 간격의 스텝 수.",
-        },
-        "ja": {
-            "label": "更新間隔",
-            "info": "OGPSA 部分空間の更新間のステップ数。",
-        },
+        "en": {"label": "Update interval", "info": "Number of steps between two refreshes of the OGPSA subspace."},
+        "ru": {"label": "Интервал обновления", "info": "Количество шагов между обновлениями подпространства OGPSA."},
+        "zh": {"label": "更新间隔", "info": "相邻两次 OGPSA 子空间更新之间的步数。"},
+        "ko": {"label": "업데이트 간격", "info": "OGPSA 부분 공간을 업데이트할 간격의 스텝 수."},
+        "ja": {"label": "更新間隔", "info": "OGPSA 部分空間の更新間のステップ数。"},
     },
     "ogpsa_rank": {
-        "en": {
-            "label": "OGPSA rank",
-            "info": "The most directions kept in the subspace, 0 for one per general set.",
-        },
-        "ru": {
-            "label": "Ранг OGPSA",
-            "info": "Наибольшее число направлений подпространства, 0 — по одному на общий набор.",
-        },
-        "zh": {
-            "label": "OGPSA 秩",
-            "info": "子空间保留的最大方向数，0 表示每个通用数据集一个方向。",
-        },
-        "ko": {
-            "label": "OGPSA 랭크",
-            "info": "부분 공간에 유지할 최대 방향 수. 0이면 일반 데이터셋마다 하나입니다.",
-        },
-        "ja": {
-            "label": "OGPSA ランク",
-            "info": "部分空間に保持する方向の最大数。0 は一般データセットごとに一つです。",
-        },
+        "en": {"label": "OGPSA rank", "info": "The most directions kept in the subspace, 0 for the default."},
+        "ru": {"label": "Ранг OGPSA", "info": "Наибольшее число направлений подпространства, 0 — по умолчанию."},
+        "zh": {"label": "OGPSA 秩", "info": "子空间保留的最大方向数，0 表示默认值。"},
+        "ko": {"label": "OGPSA 랭크", "info": "부분 공간에 유지할 최대 방향 수. 0이면 기본값입니다."},
+        "ja": {"label": "OGPSA ランク", "info": "部分空間に保持する方向の最大数。0 は既定値です。"},
     },
     "ogpsa_scope": {
         "en": {
             "label": "Scope",
-            "info": "One subspace for each parameter tensor, or one for all of them.",
+            "info": "One subspace per parameter tensor, one for all, or the input directions of each matrix.",
         },
         "ru": {
             "label": "Область",
-            "info": "Своё подпространство для каждого тензора параметров или одно общее.",
+            "info": "Подпространство для каждого тензора, одно общее или входные направления каждой матрицы.",
         },
-        "zh": {
-            "label": "作用范围",
-            "info": "每个参数张量使用各自的子空间，或所有参数共用一个。",
-        },
+        "zh": {"label": "作用范围", "info": "每个参数张量一个子空间、所有参数共用一个，或每个权重矩阵的输入方向。"},
         "ko": {
             "label": "적용 범위",
-            "info": "파라미터 텐서마다 부분 공간을 따로 두거나 전체가 하나를 공유합니다.",
+            "info": "파라미터 텐서마다 부분 공간, 전체가 하나를 공유, 또는 가중치 행렬마다 입력 방향.",
         },
-        "ja": {
-            "label": "適用範囲",
-            "info": "パラメータテンソルごとの部分空間か、全体で共有する一つの部分空間。",
-        },
+        "ja": {"label": "適用範囲", "info": "テンソルごとの部分空間、全体で一つ、または重み行列ごとの入力方向。"},
     },
     "ogpsa_method": {
-        "en": {
-            "label": "Method",
-            "info": "Remove the whole component, only what conflicts, or just monitor it.",
-        },
-        "ru": {
-            "label": "Метод",
-            "info": "Удалять всю компоненту, только конфликтующую часть или лишь наблюдать.",
-        },
-        "zh": {
-            "label": "方法",
-            "info": "移除全部分量、仅移除冲突部分，或仅监测。",
-        },
-        "ko": {
-            "label": "방법",
-            "info": "성분 전체를 제거하거나, 충돌하는 부분만 제거하거나, 관찰만 합니다.",
-        },
-        "ja": {
-            "label": "手法",
-            "info": "成分をすべて除去、競合する部分だけを除去、または監視のみ。",
-        },
+        "en": {"label": "Method", "info": "Remove the whole component, only what conflicts, or just monitor it."},
+        "ru": {"label": "Метод", "info": "Удалять всю компоненту, только конфликтующую часть или лишь наблюдать."},
+        "zh": {"label": "方法", "info": "移除全部分量、仅移除冲突部分，或仅监测。"},
+        "ko": {"label": "방법", "info": "성분 전체를 제거하거나, 충돌하는 부분만 제거하거나, 관찰만 합니다."},
+        "ja": {"label": "手法", "info": "成分をすべて除去、競合する部分だけを除去、または監視のみ。"},
     },
     "ogpsa_loss": {
         "en": {
@@ -152,10 +74,7 @@ LOCALES = {
             "label": "Опорная функция потерь",
             "info": "Потери этапа или sft для наборов без ранжирования в DPO и KTO.",
         },
-        "zh": {
-            "label": "参考损失",
-            "info": "训练阶段自身的损失；DPO 和 KTO 中使用非偏好数据集时选 sft。",
-        },
+        "zh": {"label": "参考损失", "info": "训练阶段自身的损失；DPO 和 KTO 中使用非偏好数据集时选 sft。"},
         "ko": {
             "label": "참조 손실",
             "info": "학습 단계의 손실. DPO와 KTO에서 랭킹이 없는 데이터셋에는 sft를 사용합니다.",
@@ -166,26 +85,11 @@ LOCALES = {
         },
     },
     "ogpsa_basis_device": {
-        "en": {
-            "label": "Basis device",
-            "info": "Where the subspace is kept; auto decides by the free memory.",
-        },
-        "ru": {
-            "label": "Устройство базиса",
-            "info": "Где хранится подпространство; auto решает по свободной памяти.",
-        },
-        "zh": {
-            "label": "基向量设备",
-            "info": "子空间的存放位置；auto 根据空闲显存决定。",
-        },
-        "ko": {
-            "label": "기저 장치",
-            "info": "부분 공간을 보관할 위치. auto는 여유 메모리에 따라 결정합니다.",
-        },
-        "ja": {
-            "label": "基底のデバイス",
-            "info": "部分空間の保存先。auto は空きメモリに応じて決まります。",
-        },
+        "en": {"label": "Basis device", "info": "Where the subspace is kept; auto decides by the free memory."},
+        "ru": {"label": "Устройство базиса", "info": "Где хранится подпространство; auto решает по свободной памяти."},
+        "zh": {"label": "基向量设备", "info": "子空间的存放位置；auto 根据空闲显存决定。"},
+        "ko": {"label": "기저 장치", "info": "부분 공간을 보관할 위치. auto는 여유 메모리에 따라 결정합니다."},
+        "ja": {"label": "基底のデバイス", "info": "部分空間の保存先。auto は空きメモリに応じて決まります。"},
     },
     "ogpsa_save_state": {
         "en": {
@@ -196,10 +100,7 @@ LOCALES = {
             "label": "Сохранять состояние OGPSA",
             "info": "Подпространство хранится в контрольных точках: возобновлённый запуск даёт тот же результат.",
         },
-        "zh": {
-            "label": "保存 OGPSA 状态",
-            "info": "检查点中保存子空间，使续训结果与不间断训练一致。",
-        },
+        "zh": {"label": "保存 OGPSA 状态", "info": "检查点中保存子空间，使续训结果与不间断训练一致。"},
         "ko": {
             "label": "OGPSA 상태 저장",
             "info": "체크포인트에 부분 공간을 저장하여, 재개한 학습이 중단 없는 학습과 같은 결과를 냅니다.",
@@ -260,13 +161,6 @@ ALERTS = {
         "zh": "“{}”必须为 0 或正整数。",
         "ko": "'{}' 값은 0 또는 양의 정수여야 합니다.",
         "ja": "「{}」は 0 または正の整数でなければなりません。",
-    },
-    "err_ogpsa_deepspeed": {
-        "en": "OGPSA does not support DeepSpeed yet. Please set the DeepSpeed stage to none.",
-        "ru": "OGPSA пока не поддерживает DeepSpeed. Пожалуйста, установите стадию DeepSpeed в none.",
-        "zh": "OGPSA 暂不支持 DeepSpeed，请将 DeepSpeed stage 设为 none。",
-        "ko": "OGPSA는 아직 DeepSpeed를 지원하지 않습니다. DeepSpeed stage를 none으로 설정하십시오.",
-        "ja": "OGPSA はまだ DeepSpeed に対応していません。DeepSpeed stage を none にしてください。",
     },
     "err_ogpsa_options": {
         "en": "OGPSA cannot run with these options: {}",

@@ -9,7 +9,8 @@ import gradio as gr
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import gen_loss_plot
 
-from ..report import LOG_NAME, draw_reference_losses, draw_removed, read_log
+from ..run.log import LOG_NAME, read_log
+from ..run.plot import choose_panels
 from .board_locales import alert
 
 
@@ -89,11 +90,12 @@ def draw_figure(rows: list[dict[str, Any]], trainer_rows: list[dict[str, Any]]) 
     """Draw the rows of both logs; see `make_figure`."""
     figure = gen_loss_plot(trainer_rows)
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, 2.5 * height)
+    panels = choose_panels(rows)
+    figure.set_size_inches(width, (1 + 0.75 * len(panels)) * height)
     # LlamaBoard lays the plot's label over the upper left corner.
     figure.set_layout_engine("constrained", rect=(0, 0, 1, 0.95))
-    grid = figure.add_gridspec(3, 1)
+    grid = figure.add_gridspec(1 + len(panels), 1)
     figure.axes[0].set_subplotspec(grid[0])
-    draw_removed(figure.add_subplot(grid[1]), rows)
-    draw_reference_losses(figure.add_subplot(grid[2]), rows)
+    for place, draw in enumerate(panels, start=1):
+        draw(figure.add_subplot(grid[place]), rows)
     return figure

@@ -1,5 +1,6 @@
 """The accordion "OGPSA configurations" of LlamaBoard: its elements, what they react to, what is wrong with them."""
 
+import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -8,9 +9,12 @@ from llamafactory.extras.constants import TRAINING_STAGES
 from llamafactory.webui.common import get_save_dir, load_dataset_info
 from llamafactory.webui.control import change_stage
 
-from .arguments import OPTIONS, refuse_backends, resolve
+from ..options import OPTIONS, PREFIX, Option, resolve
+from .arguments import refuse_backends
 from .board_locales import alert, label
 from .board_plot import show_figure
+from .distributed import check_deepspeed
+from .optimizers import refuse_optim
 from .parser import check_datasets, known_datasets
 
 
@@ -19,10 +23,11 @@ if TYPE_CHECKING:
 
 
 SUFFIX = " (OGPSA)"
+PANEL = {name: option for name, option in OPTIONS.items() if option.panel}
 
 
 def is_ogpsa(training_stage: str) -> bool:
-    """Tell whether an entry of the stage list is one of OGPSA's."""
+    """Return whether an entry of the stage list is one of OGPSA's."""
     return training_stage.endswith(SUFFIX)
 
 
@@ -31,39 +36,31 @@ def stock_stage(training_stage: str) -> str:
     return training_stage.removesuffix(SUFFIX)
 
 
+def make_element(option: Option) -> "Component":
+    """Create the element of an option, with the default of a supervised stage."""
+    if option.type is list:
+        return gr.Dropdown(multiselect=True, allow_custom_value=True, scale=2)
+    if option.type is int:
+        # Not a slider: gradio refuses what is out of a slider's range itself, in English and without saying where.
+        # 0 stands for a default that is not a number.
+        return gr.Number(value=option.default or 0, precision=0)
+    if option.type is bool:
+        return gr.Checkbox(value=option.default)
+    return gr.Dropdown(choices=list(option.choices), value=option.default)
+
+
 def create_ogpsa_tab() -> dict[str, "Component"]:
-    """Create the accordion in the block that is open, with the defaults of a supervised stage.
+    """Create the accordion in the block that is open, one row for each group of options.
 
     Returns:
         the accordion as `ogpsa_tab`, and the element of each option under the option's name.
     """
+    elems = {}
     with gr.Accordion(open=False) as ogpsa_tab:
-        with gr.Row():
-            ogpsa_dataset = gr.Dropdown(multiselect=True, allow_custom_value=True, scale=2)
-            # Not sliders: gradio refuses what is out of a slider's range itself, in English and without saying where.
-            ogpsa_num_samples = gr.Number(value=200, precision=0)
-            ogpsa_update_interval = gr.Number(value=30, precision=0)
-            ogpsa_rank = gr.Number(value=0, precision=0)
-
-        with gr.Row():
-            ogpsa_scope = gr.Dropdown(choices=["parameter", "global"], value="parameter")
-            ogpsa_method = gr.Dropdown(choices=["orthogonal", "conflict", "monitor"], value="orthogonal")
-            ogpsa_loss = gr.Dropdown(choices=["stage", "sft"], value="stage")
-            ogpsa_basis_device = gr.Dropdown(choices=["auto", "accelerator", "cpu"], value="auto")
-            ogpsa_save_state = gr.Checkbox(value=True)
-
-    return dict(
-        ogpsa_tab=ogpsa_tab,
-        ogpsa_dataset=ogpsa_dataset,
-        ogpsa_num_samples=ogpsa_num_samples,
-        ogpsa_update_interval=ogpsa_update_interval,
-        ogpsa_rank=ogpsa_rank,
-        ogpsa_scope=ogpsa_scope,
-        ogpsa_method=ogpsa_method,
-        ogpsa_loss=ogpsa_loss,
-        ogpsa_basis_device=ogpsa_basis_device,
-        ogpsa_save_state=ogpsa_save_state,
-    )
+        for group in dict.fromkeys(option.group for option in PANEL.values()):
+            with gr.Row():
+                elems |= {name: make_element(option) for name, option in PANEL.items() if option.group == group}
+    return {"ogpsa_tab": ogpsa_tab, **elems}
 
 
 def connect(elems: dict[str, "Component"], model_name: "Component", finetuning_type: "Component") -> None:
@@ -98,13 +95,13 @@ def change_defaults(training_stage: str) -> tuple[Any, ...]:
     Outputs: train.ogpsa_dataset, train.ogpsa_update_interval, train.dataset, train.packing
     """
     name = stock_stage(training_stage)
-    interval = 5 if TRAINING_STAGES[name] in ("dpo", "kto") else 30
+    interval = OPTIONS["ogpsa_update_interval"].default_of(TRAINING_STAGES[name])
     stock = change_stage(name) if is_ogpsa(training_stage) else (gr.update(), gr.update())
     return [], interval, *stock
 
 
 def fits(name: str, info: dict[str, Any], stage: str, loss: str) -> bool:
-    """Tell whether a dataset is of the kind that the reference loss needs."""
+    """Return whether a dataset is of the kind that the reference loss needs."""
     try:
         check_datasets(SimpleNamespace(stage=stage, ogpsa_loss=loss, ogpsa_dataset=[name]), info)
     except ValueError:
@@ -140,49 +137,63 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
     Args:
         panel: the values of the accordion's elements, by option.
     """
-    # "false" as a word: LlamaBoard leaves a False out of its commands, and what is left out is true.
-    options = {**panel, "ogpsa_dataset": ",".join(panel["ogpsa_dataset"] or []), "ogpsa_save_state": "false"}
-    if not panel["ogpsa_rank"]:
-        del options["ogpsa_rank"]
-    if panel["ogpsa_save_state"]:
-        del options["ogpsa_save_state"]
+    options = {}
+    for name, value in panel.items():
+        option = PANEL[name]
+        if option.type is list:
+            options[name] = ",".join(value or [])
+        elif option.type is bool:
+            # In words and only where it is not the default: LlamaBoard leaves a False out of its commands.
+            options |= {name: str(value).lower()} if value != option.default else {}
+        elif value or option.default is not None:
+            options[name] = value
     return options
 
 
-def find_error(panel: dict[str, Any], training_stage: str, dataset_dir: str, use_badam: bool, lang: str) -> str:
-    """Say in the chosen language what is wrong with the options of an OGPSA run, as far as it shows before the start.
+def find_error(args: dict[str, Any], lang: str) -> str:
+    """Say in the chosen language what is wrong with an OGPSA run, as far as it shows before the start.
 
     Args:
-        panel: the values of the accordion's elements, by option.
-        training_stage: the entry of the stage list.
-        dataset_dir: where the datasets are.
-        use_badam: whether BAdam is on.
+        args: the training arguments that LlamaBoard has put together, OGPSA's included.
         lang: the language.
 
     Returns:
         the message; empty where nothing is wrong.
     """
-    names, loss = panel["ogpsa_dataset"], panel["ogpsa_loss"]
-    stage = TRAINING_STAGES[stock_stage(training_stage)]
-    if not names:
+    if not args["ogpsa_dataset"]:
         return alert("err_ogpsa_no_dataset", lang)
-
-    for option in ("ogpsa_num_samples", "ogpsa_update_interval"):
-        if not panel[option] or panel[option] < 1:
-            return alert("err_ogpsa_count", lang, label(option, lang))
-    if panel["ogpsa_rank"] is not None and panel["ogpsa_rank"] < 0:
+    for name, option in PANEL.items():
+        value = args.get(name, option.default)
+        if option.type is int and option.default is not None and (value is None or value < 1):
+            return alert("err_ogpsa_count", lang, label(name, lang))
+    if isinstance(args.get("ogpsa_rank"), int) and args["ogpsa_rank"] < 0:
         return alert("err_ogpsa_rank", lang, label("ogpsa_rank", lang))
 
-    options = SimpleNamespace(**{**dict.fromkeys(OPTIONS), **options_of(panel)}, stage=stage, use_badam=use_badam)
+    stage = args["stage"].removeprefix(PREFIX)
+    options = SimpleNamespace(**{**dict.fromkeys(OPTIONS), **args, "stage": stage})
     try:
         refuse_backends(options)
         resolve(options)
-        info = known_datasets(dataset_dir)
-    except ValueError as err:
+        refuse_optim(str(args.get("optim", "")))
+        if args.get("deepspeed"):
+            check_deepspeed(read_deepspeed(args["deepspeed"]))
+        info = known_datasets(args["dataset_dir"])
+    except (OSError, ValueError) as err:
         return alert("err_ogpsa_options", lang, err)
+    return "" if info is None else find_wrong_set(options, info, lang)
 
-    if info is None:
-        return ""
+
+def read_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
+    """Read a DeepSpeed configuration, which may be given by its file."""
+    if isinstance(config, dict):
+        return config
+    with open(config, encoding="utf-8") as f:
+        return json.load(f)
+
+
+def find_wrong_set(options: Any, info: dict[str, Any], lang: str) -> str:
+    """Say in the chosen language which general sets are unknown or of the wrong kind; empty where none is."""
+    names, stage, loss = options.ogpsa_dataset, options.stage, options.ogpsa_loss
     unknown = [name for name in names if name not in info]
     if unknown:
         return alert("err_ogpsa_unknown", lang, ", ".join(unknown))

@@ -2,11 +2,25 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import ReferenceSet, preserve_random_state
+from ..noise import preserve_random_state
+
+
+class LoadedSet(NamedTuple):
+    """A reference set that has been read.
+
+    Attributes:
+        name: its name in dataset_info.json.
+        samples: the tokenised samples.
+        loss: `stage` or `sft`: the loss that it is for.
+    """
+
+    name: str
+    samples: Any
+    loss: str
 
 
 # What `get_dataset` calls the data of each training stage.
@@ -64,7 +78,7 @@ def load_reference_sets(
     stage: str,
     tokenizer: Any,
     processor: Any = None,
-) -> list[ReferenceSet]:
+) -> list[LoadedSet]:
     """Read and tokenise the reference sets of a run, once; the random state stays as it was.
 
     Args:
@@ -84,7 +98,8 @@ def load_reference_sets(
     Raises:
         ValueError: a set has no usable sample after tokenising.
     """
-    data_stage = "sft" if finetuning_args.ogpsa_loss == "sft" else _DATA_STAGES[finetuning_args.stage]
+    loss = "sft" if finetuning_args.ogpsa_loss == "sft" and finetuning_args.stage != "sft" else "stage"
+    data_stage = "sft" if loss == "sft" else _DATA_STAGES[finetuning_args.stage]
     sets = []
     for name in finetuning_args.ogpsa_dataset:
         arguments = reference_data_args(data_args, name, finetuning_args.ogpsa_num_samples)
@@ -109,7 +124,7 @@ def load_reference_sets(
         usable = [i for i, sample in enumerate(samples or []) if count_tokens(sample) > 0]
         if not usable:
             raise no_sample
-        sets.append(ReferenceSet(name, samples.select(usable)))
+        sets.append(LoadedSet(name, samples.select(usable), loss))
 
     needed = finetuning_args.ogpsa_rank or len(sets)
     for reference in sets:

@@ -3,6 +3,8 @@
 import os
 from typing import Any
 
+from .optimizers import refuse_deepspeed_optimizer
+
 
 # DeepSpeed's settings under which gradients are elsewhere than the engines look, with the values that turn them off.
 _UNSUPPORTED = {
@@ -53,12 +55,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
                 f"`zero_optimization.{name}.device` of `deepspeed` is 'nvme', where OGPSA cannot project gradients; "
                 "allowed: none, cpu."
             )
-    optimizer = str((config.get("optimizer") or {}).get("type", "")).lower()
-    if optimizer in ("muon", "onebitadam", "onebitlamb", "zerooneadam"):
-        raise ValueError(
-            f"`optimizer.type` of `deepspeed` is {optimizer!r}, whose update is not made of one reduced gradient, "
-            "which OGPSA projects; allowed: any other optimizer."
-        )
+    refuse_deepspeed_optimizer(config)
     if stage == 1 and (config.get("data_types") or {}).get("grad_accum_dtype") == "fp32":
         raise ValueError(
             "`data_types.grad_accum_dtype` of `deepspeed` is 'fp32' with stage 1, whose optimizer for bf16 OGPSA does "

@@ -12,6 +12,7 @@ from typing import Any
 from ..kernels import triton_obstacle
 from .arguments import extend, refuse_environment
 from .distributed import check_distributed
+from .optimizers import refuse_optim
 
 
 def patch(module: Any) -> None:
@@ -58,12 +59,7 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     if getattr(model_args, "use_kt", False):
         raise ValueError("`use_kt` is True: OGPSA does not support the KTransformers backend; allowed: False.")
 
-    optim = str(getattr(training_args.optim, "value", training_args.optim))
-    if "lomo" in optim or "layerwise" in optim:
-        raise ValueError(
-            f"`optim` is {optim!r}, which steps inside the backward pass, where OGPSA has no "
-            "gradient to project; allowed: any other optimizer."
-        )
+    refuse_optim(str(getattr(training_args.optim, "value", training_args.optim)))
     check_distributed(training_args)
     if not training_args.do_train:
         return

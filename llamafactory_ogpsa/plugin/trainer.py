@@ -6,10 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
-from ..callback import OgpsaCallback
+from ..engines import make_engine
 from ..engines.deepspeed import before_step
-from ..settings import Settings
+from ..options import Settings
+from ..reference import ReferenceSet
+from ..run import Host, OgpsaRun
 from .datasets import count_tokens
 
 
@@ -33,22 +36,20 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
     class OgpsaTrainer(trainer_class):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            collate, loss_of = self.data_collator, StageLoss(self, stage)
-            if finetuning_args.ogpsa_loss == "sft" and stage != "sft":
-                collate, loss_of = sft_collator(self, loaded), SftLoss(self)
-            self.ogpsa = OgpsaCallback(self, settings_of(finetuning_args), loaded["sets"], collate, loss_of)
-            self.add_callback(self.ogpsa)
+            self.ogpsa = OgpsaRun(Settings.from_arguments(finetuning_args), make_reference_sets(self, stage, loaded))
+            self.ogpsa_checkpoint = None
+            self.add_callback(OgpsaCallback(self))
 
         def training_step(self, *args, **kwargs):
             if self.is_deepspeed_enabled:
                 # DeepSpeed clips in its step, by the norm of what it then finds: the projected gradient.
-                with before_step(self.model_wrapped, lambda: self.ogpsa.project(None)):
+                with before_step(self.model_wrapped, lambda: project(self, None)):
                     return super().training_step(*args, **kwargs)
 
             loss = super().training_step(*args, **kwargs)
             if self.accelerator.sync_gradients:
                 if finetuning_args.ogpsa_method == "monitor":
-                    self.ogpsa.project(None)
+                    project(self, None)
                 else:
                     project_and_clip(self)
             return loss
@@ -57,14 +58,14 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
         # its `trainer_state.json`, without which it cannot be resumed from, only after it.
         def _save_optimizer_and_scheduler(self, output_dir, *args, **kwargs):
             super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
-            self.ogpsa.save(output_dir)
+            self.ogpsa.save(output_dir, self.state.global_step, self.args.should_save)
 
         def _load_optimizer_and_scheduler(self, checkpoint, *args, **kwargs):
             super()._load_optimizer_and_scheduler(checkpoint, *args, **kwargs)
-            self.ogpsa.resume_from = checkpoint
+            self.ogpsa_checkpoint = checkpoint
 
         def train(self, *args, **kwargs):
-            self.ogpsa.resume_from = None
+            self.ogpsa_checkpoint = None
             try:
                 return super().train(*args, **kwargs)
             finally:
@@ -72,12 +73,53 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
 
         def log(self, logs, *args, **kwargs):
             if "loss" in logs:
-                logs.update(self.ogpsa.figures())
+                logs.update(self.ogpsa.figures(self.state.global_step))
             return super().log(logs, *args, **kwargs)
 
     OgpsaTrainer.__name__ = trainer_class.__name__
     OgpsaTrainer.__qualname__ = trainer_class.__qualname__
     return OgpsaTrainer
+
+
+class OgpsaCallback(TrainerCallback):
+    """Passes the Trainer's events on to the run."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.ogpsa.begin(make_host(self._trainer), state.global_step, self._trainer.ogpsa_checkpoint)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Not `per_device_train_batch_size`: `auto_find_batch_size` may have lowered it.
+        self._trainer.ogpsa.before_step(state.global_step, self._trainer._train_batch_size)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # Before the scheduler's step: these are the learning rates of the step that was taken.
+        skipped = self._trainer.accelerator.optimizer_step_was_skipped
+        self._trainer.ogpsa.after_step(not skipped and any(group["lr"] > 0 for group in optimizer.param_groups))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._trainer.ogpsa.end()
+
+
+def make_host(trainer: Any) -> Host:
+    """Describe a trainer that begins to train to the run."""
+    args, state, accelerator = trainer.args, trainer.state, trainer.accelerator
+    return Host(
+        engine=make_engine(trainer.model, trainer.model_wrapped, accelerator.device, accelerator.scaler),
+        model=trainer.model,
+        output_dir=args.output_dir,
+        max_steps=state.max_steps,
+        samples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        main=state.is_world_process_zero,
+        show_progress=state.is_local_process_zero and not args.disable_tqdm,
+    )
+
+
+def project(trainer: Any, max_norm: float | None) -> Any:
+    """Project the accumulated gradient of a trainer; return the figures."""
+    return trainer.ogpsa.project(max_norm, will_log(trainer), bare_optimizer(trainer.optimizer))
 
 
 def project_and_clip(trainer: Any) -> None:
@@ -87,7 +129,7 @@ def project_and_clip(trainer: Any) -> None:
     """
     trainer.accelerator.unscale_gradients()
     max_norm = trainer.args.max_grad_norm
-    stats = trainer.ogpsa.project(max_norm if max_norm is not None and max_norm > 0 else None)
+    stats = project(trainer, max_norm if max_norm is not None and max_norm > 0 else None)
 
     def hand_norm(parameters, max_norm, norm_type=2):
         return stats.norm_tensor
@@ -95,22 +137,36 @@ def project_and_clip(trainer: Any) -> None:
     trainer.accelerator.clip_grad_norm_ = hand_norm
 
 
-def settings_of(finetuning_args: Any) -> Settings:
-    """Collect the options of a run."""
-    return Settings(
-        refresh_samples=finetuning_args.ogpsa_refresh_samples,
-        update_interval=finetuning_args.ogpsa_update_interval,
-        rank=finetuning_args.ogpsa_rank,
-        scope=finetuning_args.ogpsa_scope,
-        method=finetuning_args.ogpsa_method,
-        loss=finetuning_args.ogpsa_loss,
-        batch_size=finetuning_args.ogpsa_batch_size,
-        basis_device=finetuning_args.ogpsa_basis_device,
-        basis_dtype=finetuning_args.ogpsa_basis_dtype,
-        kernel=finetuning_args.ogpsa_kernel,
-        save_state=finetuning_args.ogpsa_save_state,
-        plot=finetuning_args.plot_loss,
-    )
+def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Take accelerate's and DeepSpeed's wrappers off an optimizer."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def will_log(trainer: Any) -> bool:
+    """Return True where the Trainer logs after the step that is being taken."""
+    args, state = trainer.args, trainer.state
+    step = state.global_step + 1
+    if step == state.max_steps or (args.logging_first_step and step == 1):
+        return True
+    if args.logging_strategy == "steps":
+        return step % max(1, int(state.logging_steps)) == 0
+    return args.logging_strategy == "epoch" and trainer.accelerator.gradient_state.end_of_dataloader
+
+
+def make_reference_sets(trainer: Any, stage: str, loaded: dict[str, Any]) -> list[ReferenceSet]:
+    """Give each loaded set its collator and its loss: the stage's own, or the SFT loss.
+
+    Args:
+        trainer: the stage's trainer.
+        stage: the training stage.
+        loaded: as in `with_ogpsa`.
+    """
+    kinds = {"stage": (trainer.data_collator, StageLoss(trainer, stage))}
+    if any(item.loss == "sft" for item in loaded["sets"]):
+        kinds["sft"] = (sft_collator(trainer, loaded), SftLoss(trainer))
+    return [ReferenceSet(item.name, item.samples, *kinds[item.loss]) for item in loaded["sets"]]
 
 
 def sft_collator(trainer: Any, loaded: dict[str, Any]) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

@@ -1,5 +1,5 @@
 """From published data to files that LLaMA-Factory trains on: `llamafactory-ogpsa prepare`.
 
-A recipe reads one published dataset (`source`), makes samples of it (`safety`, `helpful`, `truthful`), splits them
-(`samples`) and writes them with their entries in dataset_info.json (`output`); `prepare` is the four in a row.
+A recipe reads one published dataset (`source`), makes samples of its records (`safety`, `helpful`, `truthful`), splits
+them (`samples`) and writes them with their entries in dataset_info.json (`output`); `prepare` does all four.
 """

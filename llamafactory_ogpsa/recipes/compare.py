@@ -17,12 +17,11 @@ SAFETY = {
 }
 AVERAGE = "general average ↑"
 
+Rows = dict[str, dict[str, float]]  # the score by row and column
+
 
 def read_scores(folder: Path) -> dict[str, float]:
-    """Read the scores below a folder, of the newest file where a task is in several.
-
-    Args:
-        folder: as given to `evaluate --output`; general and safety results together.
+    """Read the scores below a folder given to `evaluate --output`, of the newest file where a task is in several.
 
     Returns:
         the score by column: the general tasks, and the columns of `SAFETY`; what was not measured is missing.
@@ -30,47 +29,56 @@ def read_scores(folder: Path) -> dict[str, float]:
     Raises:
         RecipeError: there are no results.
     """
-    files = sorted(folder.rglob("results_*.json"), key=lambda path: path.name.rpartition("_")[2])
-    general: dict[str, float] = {}
-    safety: dict[str, float] = {}
-    for file in files:
+    general, safety = {}, {}
+    for file in sorted(folder.rglob("results_*.json"), key=lambda path: path.name.rpartition("_")[2]):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-            results, groups = content["results"], content.get("group_subtasks", {})
-        except (ValueError, KeyError, TypeError) as err:
-            raise RecipeError(f"{file} is no result file of lm-evaluation-harness ({type(err).__name__}).") from err
-        parts = {part for members in groups.values() for part in members}
-        for task, figures in results.items():
-            scores = {name.partition(",")[0]: value for name, value in figures.items() if isinstance(value, float)}
-            if task in SAFETY:
-                if "refusal_rate" not in scores:
-                    raise RecipeError(f"{file} has no refusal_rate for {task}.")
-                safety[SAFETY[task]] = scores["refusal_rate"]
-            elif task not in parts and scores.keys() & set(METRICS):
-                general[task] = next(scores[name] for name in METRICS if name in scores)
+            parts = {part for members in content.get("group_subtasks", {}).values() for part in members}
+            for task, figures in content["results"].items():
+                scores = {name.partition(",")[0]: value for name, value in figures.items() if isinstance(value, float)}
+                if task in SAFETY:
+                    safety[SAFETY[task]] = scores["refusal_rate"]
+                elif task not in parts and scores.keys() & set(METRICS):
+                    general[task] = next(scores[name] for name in METRICS if name in scores)
+        except (ValueError, KeyError, TypeError, AttributeError) as err:
+            raise RecipeError(f"{file} is no result file of lm-evaluation-harness ({err!r}).") from err
     if not general and not safety:
         raise RecipeError(f"{folder} has no results of `llamafactory-ogpsa evaluate` in it.")
     return general | safety
 
 
-def add_average(rows: dict[str, dict[str, float]]) -> None:
+def read_rows(folders: Sequence[str]) -> Rows:
+    """Read the scores of some result folders, by the folders' names.
+
+    Raises:
+        RecipeError: a folder has no results, or two have the same name.
+    """
+    rows: Rows = {}
+    for folder in map(Path, folders):
+        name = folder.resolve().name
+        if name in rows:
+            raise RecipeError(f"two result folders are named {name}, which would make two rows of the same name.")
+        rows[name] = read_scores(folder)
+    add_average(rows)
+    return rows
+
+
+def add_average(rows: Rows) -> None:
     """Add the mean over the general tasks that all rows with general results have, in place."""
-    general = {name: scores.keys() - set(SAFETY.values()) for name, scores in rows.items()}
-    measured = [tasks for tasks in general.values() if tasks]
-    shared = set.intersection(*measured) if measured else set()
-    for name, tasks in general.items():
-        if tasks and shared:
-            rows[name][AVERAGE] = sum(rows[name][task] for task in shared) / len(shared)
+    general = {name: tasks for name, row in rows.items() if (tasks := row.keys() - set(SAFETY.values()))}
+    shared = set.intersection(*general.values()) if general else set()
+    for name in general if shared else ():
+        rows[name][AVERAGE] = sum(rows[name][task] for task in shared) / len(shared)
 
 
-def columns_of(rows: dict[str, dict[str, float]]) -> list[str]:
+def columns_of(rows: Rows) -> list[str]:
     """Return the columns of all rows: the average first, then the general tasks, then safety."""
     names = {name for scores in rows.values() for name in scores}
     general = sorted(names - {AVERAGE} - set(SAFETY.values()))
     return [name for name in (AVERAGE, *general, *SAFETY.values()) if name in names]
 
 
-def make_table(rows: dict[str, dict[str, float]]) -> str:
+def make_table(rows: Rows) -> str:
     """Return the scores in percent as a Markdown table."""
     columns = columns_of(rows)
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
@@ -79,7 +87,7 @@ def make_table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
+def draw(rows: Rows, path: Path) -> None:
     """Draw general ability against refusals of harmful and of harmless prompts.
 
     Raises:
@@ -108,19 +116,3 @@ def draw(rows: dict[str, dict[str, float]], path: Path) -> None:
         raise RecipeError(f"cannot write the picture {path}: {getattr(err, 'strerror', None) or err}.") from err
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_rows(folders: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Read the scores of some result folders, by the folders' names.
-
-    Raises:
-        RecipeError: a folder has no results, or two have the same name.
-    """
-    rows = {}
-    for folder in map(Path, folders):
-        name = folder.resolve().name
-        if name in rows:
-            raise RecipeError(f"two result folders are named {name}, which would make two rows of the same name.")
-        rows[name] = read_scores(folder)
-    add_average(rows)
-    return rows

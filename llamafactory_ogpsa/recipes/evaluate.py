@@ -17,15 +17,9 @@ TASK_FOLDER = Path(__file__).parent / "tasks"
 
 
 def evaluate(
-    kind: str,
-    model: str,
-    adapter: str | None,
-    output: str,
-    tasks: str | None,
-    sources: dict[str, str | None],
-    extra: Sequence[str],
+    kind: str, model: str, adapter: str | None, output: str, tasks: str | None, sources: dict, extra: Sequence[str]
 ) -> int:
-    """Run lm-evaluation-harness on a model.
+    """Run lm-evaluation-harness on a model and return its exit status.
 
     Args:
         kind: `general` or `safety`.
@@ -33,11 +27,8 @@ def evaluate(
         adapter: path of a LoRA adapter on top of it.
         output: the folder of the results, one model's.
         tasks: names of the harness's tasks, separated by commas; None for those of `TASKS`.
-        sources: of the safety data, and the judge, by the name that the tasks know them by.
+        sources: of the safety data, and the judge, by the name that the tasks know them by; None where not given.
         extra: more words of the harness's command line.
-
-    Returns:
-        the harness's exit status.
 
     Raises:
         RecipeError: the harness is not installed, there is no such judge, or the safety data cannot be used.
@@ -46,29 +37,19 @@ def evaluate(
         raise RecipeError(
             "evaluation needs lm-evaluation-harness; install it by: pip install 'llamafactory-ogpsa[eval]'."
         )
+    from .tasks import functions
+
     given = {name: value for name, value in sources.items() if value}
     if "judge" in given:
         load_judge(given["judge"])
     tasks = tasks or TASKS[kind]
-    check_safety_data(tasks, given)
+    for name in ("xstest_safe", "xstest_unsafe", "strongreject"):
+        source = given.get(name.split("_")[0])
+        if source and {"ogpsa_safety", f"ogpsa_{name}"} & set(tasks.split(",")):
+            getattr(functions, name)(source)  # reads it, because the harness would show a traceback
     command = harness_command(model, adapter, output, tasks, given, extra)
     print(shlex.join(command), file=sys.stderr)
     return subprocess.run(command).returncode
-
-
-def check_safety_data(tasks: str, given: dict[str, str]) -> None:
-    """Read what was given as safety data for these tasks, because the harness would show a traceback.
-
-    Raises:
-        RecipeError: it cannot be used; says why.
-    """
-    from .tasks import functions
-
-    asked = tasks.split(",")
-    for name in ("xstest_safe", "xstest_unsafe", "strongreject"):
-        source = name.split("_")[0]
-        if source in given and ("ogpsa_safety" in asked or f"ogpsa_{name}" in asked):
-            getattr(functions, name)(given[source])
 
 
 def harness_command(
@@ -78,8 +59,6 @@ def harness_command(
     words = ["--model", "hf", "--model_args", f"pretrained={model}" + (f",peft={adapter}" if adapter else "")]
     words += ["--tasks", tasks, "--include_path", str(TASK_FOLDER), "--apply_chat_template"]
     words += ["--output_path", output, "--log_samples"]
-    if given:
-        words += ["--metadata", json.dumps(given)]
-    if "--batch_size" not in extra:
-        words += ["--batch_size", "auto"]
+    words += ["--metadata", json.dumps(given)] if given else []
+    words += [] if "--batch_size" in extra else ["--batch_size", "auto"]
     return [sys.executable, "-m", "lm_eval", "run", *words, *extra]

@@ -1,14 +1,7 @@
-"""Writing samples where LLaMA-Factory finds them: JSON files and their entries in dataset_info.json.
+"""Writing samples where LLaMA-Factory finds them: JSON files and their entries in dataset_info.json."""
 
-All files are written under temporary names before the first of them gets its own, dataset_info.json last: what fails
-while it is written changes nothing, and whenever the process is killed, dataset_info.json names only whole files.
-"""
-
-import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +11,51 @@ from .samples import Sample
 
 INFO = "dataset_info.json"
 
-# The columns of a plain and of a ranking file: what LLaMA-Factory calls them, and in which field of a sample they are.
-_COLUMNS = {
-    "sft": {"prompt": ("instruction", "prompt"), "query": ("input", "query"), "response": ("output", "answer")},
-    "dpo": {
-        "prompt": ("instruction", "prompt"),
-        "query": ("input", "query"),
-        "chosen": ("chosen", "answer"),
-        "rejected": ("rejected", "rejected"),
-    },
-}
+# LLaMA-Factory's names for the roles of the columns that have other names here.
+_ROLES = {"instruction": "prompt", "input": "query", "output": "response"}
 
 
 def write(folder: Path, recipe: str, train: list[Sample], held_out: list[Sample]) -> dict[str, int]:
     """Write the plain and the ranking file of both splits and enter them into dataset_info.json.
 
-    Args:
-        folder: made where it does not exist.
-        recipe: the first word of the datasets' names.
-        train: the samples of `<recipe>_sft` and `<recipe>_dpo`.
-        held_out: the samples of `<recipe>_sft_heldout` and `<recipe>_dpo_heldout`, which may be none.
-
-    Returns:
-        the number of samples by dataset name.
+    The datasets are `<recipe>_sft` and, where all samples have a rejected answer, `<recipe>_dpo`; those of `held_out`,
+    which may be empty, have `_heldout` after that. Returns the number of samples by dataset name.
 
     Raises:
         RecipeError: dataset_info.json is not what it should be, or has an entry of such a name that is not ours.
     """
-    files = {
-        f"{recipe}_{kind}{suffix}": (kind, samples)
-        for suffix, samples in [("", train), ("_heldout", held_out)]
-        for kind in (_COLUMNS if samples else ())
-    }
+    samples = [*train, *held_out]
+    kinds = ("sft", "dpo") if all(sample.rejected for sample in samples) else ("sft",)
+    turns = any(sample.history for sample in samples)
+
+    counts, entries, files = {}, {}, {}
+    for suffix, part in [("", train), ("_heldout", held_out)]:
+        for kind in kinds if part else ():
+            name = f"{recipe}_{kind}{suffix}"
+            records = [record_of(sample, kind, turns) for sample in part]
+            columns = {_ROLES.get(column, column): column for column in records[0]}
+            ranking = {"ranking": True} if kind == "dpo" else {}
+            entries[name] = {"file_name": f"{name}.json", **ranking, "columns": columns}
+            lines = (json.dumps(record, ensure_ascii=False) for record in records)
+            files[f"{name}.json"] = "[\n" + ",\n".join(lines) + "\n]\n"
+            counts[name] = len(part)
+
+    info = merge(read_info(folder / INFO), entries)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        info = merge(read_info(folder / INFO), {name: entry_of(name, kind) for name, (kind, _) in files.items()})
-        contents = {f"{name}.json": dump_records(samples, kind) for name, (kind, samples) in files.items()}
-        replace_all(folder, {**contents, INFO: [json.dumps(info, indent=2, ensure_ascii=False), "\n"]})
-    return {name: len(samples) for name, (_, samples) in files.items()}
+    replace_all(folder, {**files, INFO: json.dumps(info, indent=2, ensure_ascii=False) + "\n"})
+    return counts
 
 
-def entry_of(name: str, kind: str) -> dict[str, Any]:
-    """Describe a file to LLaMA-Factory."""
-    columns = {role: column for role, (column, _) in _COLUMNS[kind].items()}
-    return {"file_name": f"{name}.json", **({"ranking": True} if kind == "dpo" else {}), "columns": columns}
+def record_of(sample: Sample, kind: str, turns: bool) -> dict[str, Any]:
+    """Return the record of a sample in a plain or a ranking file, with or without earlier turns."""
+    plain = {"output": sample.answer}
+    ranking = {"chosen": sample.answer, "rejected": sample.rejected}
+    record = {"instruction": sample.prompt, "input": sample.query, **(plain if kind == "sft" else ranking)}
+    return {**record, "history": sample.history} if turns else record
 
 
 def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """Add entries to those that are there, which stay as they are.
-
-    Raises:
-        RecipeError: there is another entry of such a name or for such a file, which would be overwritten.
-    """
+    """Add entries to those that are there. Raises RecipeError where another one of a name or file is among these."""
     files = {entry["file_name"] for entry in entries.values()}
     for name, entry in info.items():
         file = os.path.normpath(str(entry.get("file_name"))) if isinstance(entry, dict) else None
@@ -79,59 +65,26 @@ def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """Read dataset_info.json, which may be missing.
-
-    Raises:
-        RecipeError: it is not a JSON object.
-    """
+    """Read dataset_info.json, which may be missing. Raises RecipeError where it is not a JSON object."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(info, dict):
+            raise TypeError("it holds something else")
+        return info
     except FileNotFoundError:
         return {}
-    except ValueError as err:
-        raise RecipeError(f"{path} is not JSON ({err}); it was left as it is.") from err
-    if not isinstance(info, dict):
-        raise RecipeError(f"{path} is not a JSON object; it was left as it is.")
-    return info
+    except (ValueError, TypeError) as err:
+        raise RecipeError(f"{path} is not a JSON object ({err}); it was left as it is.") from err
 
 
-def dump_records(samples: list[Sample], kind: str) -> Iterator[str]:
-    """Yield a JSON array of records, one a line."""
-    start = "[\n"
-    for sample in samples:
-        record = {column: getattr(sample, field) for column, field in _COLUMNS[kind].values()}
-        yield start + json.dumps(record, ensure_ascii=False)
-        start = ",\n"
-    yield "\n]\n"
-
-
-def replace_all(folder: Path, contents: dict[str, Iterable[str]]) -> None:
-    """Write files under temporary names; once all are written, give them their own, in the order of `contents`.
-
-    Args:
-        folder: locked by the caller, so that only a process that was killed can have left a temporary name.
-        contents: the parts of each file's text by its name.
-    """
-    temporary = {name: folder / f".{name}.tmp" for name in contents}
+def replace_all(folder: Path, texts: dict[str, str]) -> None:
+    """Write files under temporary names, then rename them in the order given: a write that fails changes nothing."""
+    temporary = {name: folder / f".{name}.tmp" for name in texts}
     try:
-        for name, parts in contents.items():
-            with open(temporary[name], "w", encoding="utf-8", newline="\n") as f:
-                f.writelines(parts)
-                f.flush()
-                os.fsync(f.fileno())
+        for name, text in texts.items():
+            temporary[name].write_text(text, encoding="utf-8", newline="\n")
         for name, path in temporary.items():
             os.replace(path, folder / name)
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other preparations out of a folder: two of them at once would lose one's entries."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

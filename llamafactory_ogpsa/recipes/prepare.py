@@ -3,19 +3,15 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from . import helpful, safety, truthful
+from . import helpful, safety, transcripts, truthful
 from .errors import RecipeError
 from .output import write
-from .refusals import TEMPLATES, Label, make_label
-from .samples import Sample, split
-from .source import iterate, load, require_columns
-
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from .refusals import DATASET, TEMPLATES, make_label
+from .samples import Sample, collect, split
+from .source import find_schema, iterate, load
 
 
 @dataclass(frozen=True)
@@ -24,86 +20,51 @@ class Recipe:
 
     about: str
     hub_id: str
-    config: str | None
     splits: tuple[str, ...]
     num_samples: int
-    read: Callable[..., list[Sample]]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of the records: each is in `<recipe>_sft`, in its held-out split, or counted among the dropped."""
-
-    source: str
-    output: Path
-    records: int
-    drops: Counter
-    counts: dict[str, int]
-
-    def __str__(self) -> str:
-        """Return the report as it is printed."""
-        lines = [f"{self.source}: {self.records} records"]
-        lines += [f"  {count:>8}  dropped: {reason}" for reason, count in self.drops.most_common()]
-        lines += [f"  {count:>8}  in {name}" for name, count in self.counts.items()]
-        return "\n".join([*lines, f"written to {self.output}, with entries in dataset_info.json"])
-
-
-def read_safety(dataset: "Dataset", source: str, drops: Counter, label: Label) -> list[Sample]:
-    """Make samples of PKU-SafeRLHF."""
-    require_columns(dataset, source, safety.COLUMNS)
-    return safety.make_samples(iterate(dataset, safety.COLUMNS + safety.CATEGORIES, drops), drops, label)
-
-
-def read_helpful(dataset: "Dataset", source: str, drops: Counter) -> list[Sample]:
-    """Make samples of UltraFeedback, in either form."""
-    schemas = (helpful.RAW, helpful.BINARIZED)
-    form = require_columns(dataset, source, *schemas)
-    return helpful.make_samples(iterate(dataset, schemas[form], drops), drops, binarized=form == 1)
-
-
-def read_truthful(dataset: "Dataset", source: str, drops: Counter) -> list[Sample]:
-    """Make samples of HaluEval QA."""
-    require_columns(dataset, source, truthful.COLUMNS)
-    return truthful.make_samples(iterate(dataset, truthful.COLUMNS, drops), drops)
+    # What makes samples of the records, by the columns that they must have.
+    schemas: dict[tuple[str, ...], Callable[..., list[Sample]]]
+    config: str | None = None
 
 
 # The paper trains on 10,000 prompts and takes 200 of each general set; the rest of those is for mixing it in.
 RECIPES = {
     "safety": Recipe(
-        about="PKU-SafeRLHF: harmful prompts, refused",
+        about="PKU-SafeRLHF, hh-rlhf or Safety-Tuned LLaMAs: harmful prompts, refused",
         hub_id="PKU-Alignment/PKU-SafeRLHF",
-        config=None,
         splits=("train",),
         num_samples=10_000,
-        read=read_safety,
+        schemas={
+            safety.PKU: safety.make_pku_samples,
+            transcripts.COLUMNS: partial(collect, make=transcripts.make_sample),
+            safety.INSTRUCTIONS: partial(collect, make=safety.make_instruction),
+        },
     ),
     "helpful": Recipe(
-        about="UltraFeedback, raw or binarized: general instructions",
+        about="UltraFeedback, raw or binarized, or hh-rlhf: general instructions",
         hub_id="openbmb/UltraFeedback",
-        config=None,
         splits=("train", "train_prefs"),
         num_samples=1_000,
-        read=read_helpful,
+        schemas={
+            helpful.RAW: partial(collect, make=helpful.make_raw),
+            helpful.BINARIZED: partial(collect, make=helpful.make_binarized),
+            transcripts.COLUMNS: partial(collect, make=transcripts.make_sample),
+        },
     ),
     "truthful": Recipe(
         about="HaluEval QA: questions on a given text",
         hub_id="pminervini/HaluEval",
-        config="qa",
         splits=("train", "data"),
+        config="qa",
         num_samples=1_000,
-        read=read_truthful,
+        schemas={truthful.COLUMNS: partial(collect, make=truthful.make_sample)},
     ),
 }
 
 
 def prepare(
-    name: str,
-    source: str | None,
-    output: str,
-    seed: int,
-    num_samples: int | None,
-    refusals: str = TEMPLATES,
-) -> Report:
+    name: str, source: str | None, output: str, seed: int, num_samples: int | None, refusals: str | None = None
+) -> str:
     """Carry out a recipe.
 
     Args:
@@ -112,19 +73,24 @@ def prepare(
         output: the folder to write to, LLaMA-Factory's `dataset_dir`.
         seed: of every choice.
         num_samples: to train on; None for the recipe's own number.
-        refusals: see `refusals.make_label`; the recipe `safety` alone has a use for it.
+        refusals: see `refusals.make_label`; the recipe `safety` alone has a use for it. None is `templates` for
+            PKU-SafeRLHF, whose safe answers are often no refusals, and `dataset` for the other two.
 
     Returns:
-        what was kept and dropped.
+        the report: each record is in `<recipe>_sft`, in its held-out split, or counted among the dropped.
 
     Raises:
         RecipeError: the data cannot be used, or the output not be written; says why.
     """
     recipe, drops = RECIPES[name], Counter()
     source = source or recipe.hub_id
-    options = {"label": make_label(refusals, seed)} if name == "safety" else {}
+    label = make_label(refusals, seed) if refusals else None
     dataset = load(source, recipe.config, recipe.splits)
-    samples = recipe.read(dataset, source, drops, **options)
+    schema = find_schema(dataset, source, *recipe.schemas)
+    samples = recipe.schemas[schema](iterate(dataset, drops), drops)
+    if name == "safety":
+        label = label or make_label(TEMPLATES if schema == safety.PKU else DATASET, seed)
+        samples = safety.refuse(samples, drops, label)
     if not samples:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in drops.most_common())
         raise RecipeError(f"{source}: none of the {len(dataset)} records can be used ({reasons}).")
@@ -134,4 +100,7 @@ def prepare(
         counts = write(Path(output), name, train, held_out)
     except OSError as err:
         raise RecipeError(f"cannot write to {output}: {err}.") from err
-    return Report(source, Path(output), len(dataset), drops, counts)
+    lines = [f"{source}: {len(dataset)} records"]
+    lines += [f"  {count:>8}  dropped: {reason}" for reason, count in drops.most_common()]
+    lines += [f"  {count:>8}  in {dataset_name}" for dataset_name, count in counts.items()]
+    return "\n".join([*lines, f"written to {output}, with entries in dataset_info.json"])

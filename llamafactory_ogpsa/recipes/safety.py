@@ -1,97 +1,84 @@
-"""PKU-SafeRLHF (arXiv 2406.15513): harmful prompts, to be refused."""
+"""Harmful prompts, to be refused: PKU-SafeRLHF (arXiv 2406.15513), or Safety-Tuned LLaMAs (arXiv 2309.07875)."""
 
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from .refusals import TOPICS, Label
+from .refusals import Label
 from .samples import Sample, clean, number, prompt_key
 
 
 ANSWERS = (0, 1)
-COLUMNS = (
+# The columns response_i_harm_category, which earlier versions do not have, give the topic that a refusal names.
+PKU = (
     "prompt",
     "safer_response_id",
     *(f"response_{i}" for i in ANSWERS),
     *(f"is_response_{i}_safe" for i in ANSWERS),
     *(f"response_{i}_severity_level" for i in ANSWERS),
 )
-# Earlier versions of the dataset do not have these; a refusal then does not name its topic.
-CATEGORIES = tuple(f"response_{i}_harm_category" for i in ANSWERS)
+INSTRUCTIONS = ("instruction", "input", "output")
 
 
-@dataclass(slots=True)
-class Prompt:
-    """What all records of one prompt say about it."""
-
-    text: str
-    # Of the most unsafe answer: its severity, then whether it was the less safe.
-    rank: tuple[float, bool] = (-math.inf, False)
-    unsafe: str | None = None
-    topic: str | None = None
-    safe: str | None = None
-
-
-def make_samples(rows: Iterable[dict[str, Any]], drops: Counter, label: Label) -> list[Sample]:
+def make_pku_samples(rows: Iterable[dict[str, Any]], drops: Counter) -> list[Sample]:
     """Make a sample of each prompt that an answer marked unsafe shows to be harmful.
 
     Args:
-        rows: records with `COLUMNS` and perhaps `CATEGORIES`.
-        drops: counts the records that make no sample, by reason.
-        label: the refusal of a prompt.
+        rows: records with the columns `PKU`.
+        drops: counts the records that give no sample, by reason.
 
     Returns:
-        one sample a prompt: the refusal, above the most unsafe answer of all its records.
+        one sample a prompt: its first safe answer or None, above the most unsafe answer of all its records. Of two
+        answers of the same severity the one that `safer_response_id` does not name counts as less safe.
     """
-    prompts: dict[str, Prompt] = {}
+    prompts: dict[str, tuple[tuple[float, bool], Sample]] = {}
     for row in rows:
-        text = clean(row["prompt"])
-        if not text:
-            drops["empty prompt"] += 1
-        elif not any(clean(row[f"response_{i}"]) for i in ANSWERS):
-            drops["empty answers"] += 1
-        else:
-            key = prompt_key(text)
-            if key in prompts:
-                drops["same prompt as an earlier record, whose answers it joined"] += 1
-            add_answers(prompts.setdefault(key, Prompt(text)), row)
-
-    samples = []
-    for prompt in prompts.values():
-        if prompt.unsafe is None:
-            drops["no answer marked unsafe, with its severity"] += 1
+        text, safer = clean(row["prompt"]), row["safer_response_id"]
+        answers = {i: clean(row[f"response_{i}"]) for i in sorted(ANSWERS, key=lambda i: i != safer)}
+        key = prompt_key(text)
+        if not text or not any(answers.values()):
+            drops["empty answers" if text else "empty prompt"] += 1
             continue
-        refusal = label(prompt.text, prompt.topic, prompt.safe)
-        if refusal is None:
-            drops["no refusal for the prompt"] += 1
-        elif refusal == prompt.unsafe:
-            drops["refusal and unsafe answer are the same"] += 1
-        else:
-            samples.append(Sample(prompt.text, refusal, prompt.unsafe))
+        if key in prompts:
+            drops["same prompt as an earlier record, whose answers it joined"] += 1
+        rank, sample = prompts.get(key, ((-math.inf, False), Sample(text, None)))
+        for i, answer in answers.items():
+            safe, severity = row[f"is_response_{i}_safe"], number(row[f"response_{i}_severity_level"])
+            if answer and safe is True and sample.answer is None:
+                sample = replace(sample, answer=answer)
+            if answer and safe is False and severity is not None and (severity, i != safer) > rank:
+                rank = (severity, i != safer)
+                sample = replace(sample, rejected=answer, topic=topic_of(row.get(f"response_{i}_harm_category")))
+        prompts[key] = rank, sample
+
+    samples = [sample for _, sample in prompts.values() if sample.rejected]
+    if len(samples) < len(prompts):
+        drops["no answer marked unsafe, with its severity"] += len(prompts) - len(samples)
     return samples
 
 
-def add_answers(prompt: Prompt, row: dict[str, Any]) -> None:
-    """Let a record's answers take their places: the most unsafe one so far, and the first safe one.
-
-    Of two answers of the same severity the one that `safer_response_id` does not name counts as less safe.
-    """
-    safer = row["safer_response_id"]
-    for i in sorted(ANSWERS, key=lambda i: i != safer):
-        answer, safe = clean(row[f"response_{i}"]), row[f"is_response_{i}_safe"]
-        if not answer:
-            continue
-        if safe is True and prompt.safe is None:
-            prompt.safe = answer
-        severity = number(row[f"response_{i}_severity_level"])
-        if safe is False and severity is not None and (severity, i != safer) > prompt.rank:
-            prompt.rank, prompt.unsafe = (severity, i != safer), answer
-            prompt.topic = topic_of(row.get(f"response_{i}_harm_category"))
-
-
 def topic_of(categories: Any) -> str | None:
-    """Return the topic of an answer by the first harm category that it is marked with."""
+    """Return the topic of an answer: the first harm category that it is marked with."""
     marked = [name for name, value in categories.items() if value] if isinstance(categories, dict) else []
-    return TOPICS.get(marked[0], marked[0].lower()) if marked else None
+    return marked[0].lower() if marked else None
+
+
+def make_instruction(row: dict[str, Any]) -> Sample:
+    """Return a sample of an unsafe instruction and its safe answer; there is no rejected one."""
+    return Sample(clean(row["instruction"]), clean(row["output"]), query=clean(row["input"]))
+
+
+def refuse(samples: Iterable[Sample], drops: Counter, label: Label) -> list[Sample]:
+    """Replace the answers by refusals; `drops` counts the samples that have none, or the rejected answer as one."""
+    refused = []
+    for sample in samples:
+        refusal = label(sample.prompt, sample.topic, sample.answer)
+        if refusal is None:
+            drops["no refusal for the prompt"] += 1
+        elif refusal == sample.rejected:
+            drops["refusal and unsafe answer are the same"] += 1
+        else:
+            refused.append(replace(sample, answer=refusal))
+    return refused

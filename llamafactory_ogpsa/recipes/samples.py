@@ -3,32 +3,36 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 
-# Held-out samples per training sample, and the reason under which the samples of neither are counted.
+# One held-out sample for ten training samples.
 HELD_OUT = 10
+# Why a sample is in neither split.
 BEYOND = "more than --num-samples asks for"
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with the answer to learn, and the answer that a ranking places below it."""
+    """One prompt with the answer to learn; what a dataset does not say is None or empty."""
 
     prompt: str
-    answer: str
-    rejected: str
-    query: str = ""
+    answer: str | None
+    rejected: str | None = None  # what a ranking places below the answer
+    query: str = ""  # a text that the prompt is about
+    history: tuple[tuple[str, str], ...] = ()  # earlier turns: prompt and answer
+    topic: str | None = None  # of a harmful prompt
 
 
 def clean(text: Any) -> str:
-    """Return a text without the white space around it; the empty string for what is no text."""
+    """Return a text without the white space around it; the empty string for what is not a text."""
     return text.strip() if isinstance(text, str) else ""
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, also of a text; None for what is no number."""
+    """Return a finite number, also from a text; None for what is not a number."""
     try:
         result = float(value)
     except (TypeError, ValueError):
@@ -41,17 +45,39 @@ def prompt_key(prompt: str) -> str:
     return " ".join(prompt.split()).casefold()
 
 
+def collect(
+    rows: Iterable[dict[str, Any]], drops: Counter, make: Callable[[dict[str, Any]], Sample | str]
+) -> list[Sample]:
+    """Make a sample of each record and keep the first one of each prompt; `drops` counts the others by reason.
+
+    `make` returns the sample of a record, or the reason why it gives none. Samples without a prompt or an answer, or
+    whose rejected answer is empty or the same, are dropped too.
+    """
+    samples: dict[Any, Sample] = {}
+    for row in rows:
+        sample = make(row)
+        if isinstance(sample, str):
+            drops[sample] += 1
+            continue
+        key = (sample.history, prompt_key(sample.prompt), prompt_key(sample.query))
+        if not sample.prompt:
+            drops["empty prompt"] += 1
+        elif not sample.answer or sample.rejected == "":
+            drops["empty answer"] += 1
+        elif sample.answer == sample.rejected:
+            drops["good and bad answer are the same"] += 1
+        elif key in samples:
+            drops["same prompt as an earlier record"] += 1
+        else:
+            samples[key] = sample
+    return list(samples.values())
+
+
 def split(samples: list[Sample], num_samples: int, seed: int, drops: Counter) -> tuple[list[Sample], list[Sample]]:
-    """Draw the training and the held-out samples, one of the latter to ten of the former.
+    """Draw the training samples and the held-out ones, one of the latter for ten of the former.
 
-    Args:
-        samples: at least one, each prompt once.
-        num_samples: how many to train on; fewer where there are too few.
-        seed: of the draw.
-        drops: counts what is in neither.
-
-    Returns:
-        the training samples, in the order drawn (OGPSA takes the first of them), and the held-out ones.
+    There are at most `num_samples` to train on, fewer where there are too few, in the order drawn: OGPSA takes the
+    first of them. `drops` counts what is in neither.
     """
     drawn = list(samples)
     random.Random(seed).shuffle(drawn)

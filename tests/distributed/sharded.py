@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from llamafactory_ogpsa.engines import make_engine
 from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
-from llamafactory_ogpsa.interface import Subspace
-from llamafactory_ogpsa.reference import ReferenceSet, reference_gradients
-from llamafactory_ogpsa.subspace import assign_groups, orthonormalise_
+from llamafactory_ogpsa.geometry import assign_groups, orthonormalise_
+from llamafactory_ogpsa.reference import ReferencePasses, ReferenceSet
+from llamafactory_ogpsa.subspace import Subspace
 
 
 def start(rank, world_size, folder, work, *arguments):
@@ -49,7 +50,14 @@ def collate(samples):
 def make_set(name, count, seed):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=generator)
-    return ReferenceSet(name, [dict(x=draw(7), y=draw(1), tokens=torch.tensor(1.0 + i % 4)) for i in range(count)])
+    samples = [dict(x=draw(7), y=draw(1), tokens=torch.tensor(1.0 + i % 4)) for i in range(count)]
+    return ReferenceSet(name, samples, collate, None)
+
+
+def reference_gradients(sets, indices, parts, batch_size, model, engine, rows):
+    """Compute the reference gradients of sets under `Loss` into rows; return the losses."""
+    sets = [replace(reference, loss=Loss(model)) for reference in sets]
+    return ReferencePasses(sets, indices, batch_size, engine, parts).gradients_into(rows)
 
 
 def make_models(mesh_shape=None):
@@ -70,10 +78,10 @@ def build(engine, model, scope, rank=None, parts=1, sets=None):
     sets = sets or [make_set("a", 11, 1), make_set("b", 5, 2)]
     rows = [torch.full((len(sets) * parts, size), 7.0) for size in engine.sizes]
     indices = [list(range(len(reference.samples))) for reference in sets]
-    losses = reference_gradients(sets, indices, parts, 3, collate, Loss(model), engine, rows)
+    losses = reference_gradients(sets, indices, parts, 3, model, engine, rows)
     groups, num_groups = assign_groups(len(engine.names), scope)
-    basis, geometry = orthonormalise_(rows, groups, num_groups, rank, engine.device, parts, engine.shards)
-    return Subspace(engine.names, basis, geometry, groups, engine.device, engine.shards), losses
+    basis, geometry = orthonormalise_(rows, groups, num_groups, rank, engine.device, parts, engine.processes)
+    return Subspace(engine.names, basis, geometry, groups, engine.device, engine.processes), losses
 
 
 def accumulate_safety(model, average_over=1):
@@ -184,12 +192,12 @@ def drop_the_same_batches():
     broken = make_set("a", 8, 1)
     broken.samples[2]["y"][0] = float("nan")  # with two processes: the second batch of the first one, size one
     rows = [torch.empty(1, size) for size in engine.sizes]
-    losses = reference_gradients([broken], [list(range(8))], 1, 1, collate, Loss(sharded), engine, rows)
+    losses = reference_gradients([broken], [list(range(8))], 1, 1, sharded, engine, rows)
 
-    kept = ReferenceSet("a", [sample for i, sample in enumerate(broken.samples) if i not in (2, 3)])
+    kept = replace(broken, samples=[sample for i, sample in enumerate(broken.samples) if i not in (2, 3)])
     other = ReplicatedEngine(whole)
     expected = [torch.empty(1, size) for size in other.sizes]
-    expected_losses = reference_gradients([kept], [list(range(6))], 1, 6, collate, Loss(whole), other, expected)
+    expected_losses = reference_gradients([kept], [list(range(6))], 1, 6, whole, other, expected)
     assert abs(losses["a"] / expected_losses["a"] - 1) < 1e-5
 
 

@@ -19,7 +19,7 @@ POISONED = Path(__file__).with_name("poisoned.py")
 
 # The engine, how it differs, and what the second process dies in: K = 3, checkpoints at the steps 2, 4 and 6.
 RUNS = {
-    "ddp full, in a refresh": ("ddp", {}, "llamafactory_ogpsa.callback:orthonormalise_", 2),
+    "ddp full, in a refresh": ("ddp", {}, "llamafactory_ogpsa.run.refresh:orthonormalise_", 2),
     "ddp lora bf16, in a step": (
         "ddp",
         {"finetuning_type": "lora", "lora_dropout": 0.1, "bf16": True},

@@ -1,6 +1,5 @@
 """The benchmarks: what they compare must compute the same, and they must run from end to end."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,68 +9,62 @@ import torch
 from kernel_cases import KERNELS_INTERPRETED, Case, each_implementation
 
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-
-def _load(name):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    return _load("projection")
+from benchmarks import accuracy, implementations, models, projection
 
 
 @pytest.mark.parametrize("name", ["ours (torch)", "foreach", "published rule"])
-def test_all_ways_give_the_same_gradient(benchmark, name):
+def test_all_ways_give_the_same_gradient(name):
     case = Case([600, 33, 512], [0, 1, 2], 2)
-    benchmark.IMPLEMENTATIONS[name](case.gradients, case.basis, 4)()
-    for g, e in zip(case.gradients, case.projected(benchmark.MAX_NORM), strict=True):
+    implementations.IMPLEMENTATIONS[name](case.gradients, case.basis, 4)()
+    for g, e in zip(case.gradients, case.projected(implementations.MAX_NORM), strict=True):
         torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-6)
 
 
-def test_shapes_are_those_of_the_models(benchmark):
-    elements = {name: sum(torch.Size(s).numel() for s in shapes) for name, shapes in benchmark.MODELS.items()}
+def test_sizes_are_those_of_the_models():
+    elements = {name: sum(models.trainable_numels(name)) for name in projection.MODELS}
     assert elements["Qwen2.5-7B full"] == 7_615_616_512
     assert elements["Llama-3.1-8B full"] == 8_030_261_248
     assert elements["Qwen2.5-7B LoRA r=8"] == 20_185_088
     assert elements["Llama-3.1-8B LoRA r=64"] == 167_772_160
-    assert len(benchmark.MODELS["Qwen2.5-7B full"]) == 339
+    assert len(models.trainable_numels("Qwen2.5-7B full")) == 339
+    assert models.count_parameters("Qwen2.5-0.5B") == (494_032_768, 494_032_768)
+    assert models.count_parameters("Qwen2.5-7B", lora_rank=8) == (7_615_616_512, 20_185_088)
 
 
-def test_runs_from_end_to_end(benchmark, monkeypatch, tmp_path, capsys):
-    command = ["projection.py", "--device", "cpu", "--scale", "1e-6", "--ranks", "2", "--repeats", "2"]
-    command += ["--models", "Qwen2.5-7B LoRA r=8", "--output", str(tmp_path / "out")]
+def test_runs_from_end_to_end(monkeypatch, tmp_path, capsys):
+    command = ["projection.py", "--device", "cpu", "--ranks", "2", "--repeats", "2"]
+    command += ["--models", "tiny LoRA r=8", "--output", str(tmp_path / "out")]
     command += ["--implementations", "ours (triton)", "ours (torch)", "clipping alone"]
     monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(benchmark, "copy_bandwidth", lambda device, repeats: 1e9)
-    benchmark.main()
+    monkeypatch.setattr(projection, "MODELS", ("tiny LoRA r=8",))
+    monkeypatch.setattr(projection, "copy_bandwidth", lambda device, repeats: 1e9)
+    projection.main()
     triton, ours, clip = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert triton["skipped"] == "needs a GPU"
-    assert ours["ratio"] == 1.0
+    assert triton["seconds"] > 0 if KERNELS_INTERPRETED else "kernel triton cannot run here" in triton["skipped"]
+    first = triton if KERNELS_INTERPRETED else ours
+    assert ours["ratio"] == pytest.approx(ours["seconds"] / first["seconds"])
     assert ours["bytes"] == 7 * 2 * ours["elements"]
     assert ours["share"] == pytest.approx(ours["bytes"] / ours["seconds"] / 1e9)
-    assert clip["ratio"] == pytest.approx(clip["seconds"] / ours["seconds"])
+    assert clip["ratio"] == pytest.approx(clip["seconds"] / first["seconds"])
     assert (tmp_path / "out.png").stat().st_size > 10_000
     out = capsys.readouterr().out
     assert "clipping alone" in out
-    assert "'Qwen2.5-7B LoRA r=8'" in out  # the command can be copied
+    assert "'tiny LoRA r=8'" in out  # the command can be copied
     assert str(tmp_path / "out.png") in out
 
 
 @pytest.mark.parametrize("option", ["--scale", "--micro-batches", "--repeats"])
-def test_a_size_of_zero_is_told(benchmark, option, monkeypatch, capsys):
+def test_a_size_of_zero_is_told(option, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["projection.py", option, "0"])
     with pytest.raises(SystemExit):
-        benchmark.main()
+        projection.main()
     assert f"{option} is 0" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("models", [1, 2, 3])
-def test_nothing_of_the_picture_is_cut_off(benchmark, models, monkeypatch, tmp_path):
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_nothing_of_the_picture_is_cut_off(number, monkeypatch, tmp_path):
     def save(figure, path, **_):
         figure.canvas.draw()
         drawn = figure.get_tightbbox()
@@ -82,11 +75,11 @@ def test_nothing_of_the_picture_is_cut_off(benchmark, models, monkeypatch, tmp_p
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
     rows = [
         dict(model=model, rank=2, implementation=name, skipped=None, seconds=1e-3, elements=1000)
-        for model in list(benchmark.MODELS)[:models]
-        for name in benchmark.IMPLEMENTATIONS
+        for model in list(projection.MODELS)[:number]
+        for name in projection.IMPLEMENTATIONS
     ]
     title = "Projection and clipping of one step's bfloat16 gradient, NVIDIA H100 80GB HBM3, scale 1"
-    benchmark.plot(rows, 1e9, title, tmp_path / "out.png")
+    projection.plot(rows, 1e9, title, tmp_path / "out.png")
     assert boxes == [True]
 
 
@@ -95,7 +88,7 @@ def test_accuracy_is_as_promised(implementation, monkeypatch, capsys):
     kernel, device = implementation
     command = ["accuracy.py", "--numel", "20000", "--kernel", kernel, "--device", device]
     monkeypatch.setattr(sys, "argv", command)
-    _load("accuracy").main()
+    accuracy.main()
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[-2:] == ["beyond", "residual"]
     assert [row.split()[0] for row in rows] == 2 * ["float32"] + 4 * ["bfloat16"]
@@ -109,7 +102,6 @@ def test_accuracy_is_as_promised(implementation, monkeypatch, capsys):
 
 
 def test_accuracy_tells_one_rounding_from_two():
-    accuracy = _load("accuracy")
     exact = torch.tensor([1 + 2**-8 + 2**-12], dtype=torch.float64)
     once, twice = exact.bfloat16().double(), (exact - 2**-11).bfloat16().double()
     half = accuracy.spacing(exact, torch.bfloat16) / 2

@@ -30,7 +30,7 @@ CASES = [
     *[
         ({name: value}, f"`{name}` is {value!r}; allowed: a positive integer".replace(".", "\\."))
         for name in ("ogpsa_num_samples", "ogpsa_update_interval", "ogpsa_rank", "ogpsa_batch_size")
-        for value in (0, -1, "many", 2.5, True)
+        for value in (0, -1, "many", 2.5, True, "2.5", "0")
     ],
     ({"ogpsa_refresh_samples": 0}, "`ogpsa_refresh_samples` is 0; allowed: a positive integer"),
     ({"ogpsa_refresh_samples": 201}, "`ogpsa_refresh_samples` is 201; allowed: at most `ogpsa_num_samples`.*200"),
@@ -38,6 +38,14 @@ CASES = [
     ({"ogpsa_rank": 5, "ogpsa_num_samples": 2}, "`ogpsa_rank` is 5; allowed: at most 4"),
     ({"ogpsa_rank": 32}, "`ogpsa_rank` is 32, which splits 'helpful' into 16 parts.* only 13 usable.*at most 26"),
     ({"ogpsa_scope": "layer"}, "`ogpsa_scope` is 'layer'; allowed: parameter, global"),
+    (
+        {"ogpsa_scope": "inputs", "ogpsa_method": "conflict"},
+        "`ogpsa_method` is 'conflict', .*`ogpsa_scope: inputs` has none; allowed with it: orthogonal, monitor",
+    ),
+    (
+        {"ogpsa_scope": "inputs", "ogpsa_rank": 4097},
+        "`ogpsa_rank` is 4097; allowed with `ogpsa_scope: inputs`: 1 to 4096",
+    ),
     ({"ogpsa_method": "threshold"}, "`ogpsa_method` is 'threshold'; allowed: orthogonal, conflict, monitor"),
     ({"ogpsa_loss": "dpo"}, "`ogpsa_loss` is 'dpo'; allowed: stage, sft"),
     ({"ogpsa_basis_device": "gpu"}, "`ogpsa_basis_device` is 'gpu'; allowed: auto, accelerator, cpu"),
@@ -61,6 +69,8 @@ CASES = [
     ({"use_apollo": True, "apollo_layerwise": True}, "`apollo_layerwise` is True, which OGPSA does not support"),
     ({"use_hyper_parallel": True}, "`use_hyper_parallel` is True, which OGPSA does not support"),
     ({"optim": "lomo"}, "`optim` is 'lomo', which steps inside the backward pass"),
+    ({"optim": "adalomo"}, "`optim` is 'adalomo', which steps inside the backward pass"),
+    ({"optim": "apollo_adamw_layerwise"}, "`optim` is 'apollo_adamw_layerwise', which steps inside the backward pass"),
     ({"optim": "galore_adamw_layerwise"}, "`optim` is 'galore_adamw_layerwise', which steps inside the backward pass"),
     ({"ogpsa_method": "conflict", "ogpsa_rank": 3}, "`ogpsa_rank` is 3.*`ogpsa_method: conflict`.*multiples of 2"),
     ({"ogpsa_dataset": "helpful_odd"}, "'helpful_odd', which cannot be read .KeyError: 'nowhere'.; allowed"),
@@ -129,7 +139,10 @@ DEEPSPEED_CASES = [
     ({}, "`zero_optimization.stage` of `deepspeed` is 0 under OGPSA; allowed: 1, 2, 3"),
     ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device.*'nvme'"),
     ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param.device.*'nvme'"),
-    ({**ZERO, "optimizer": {"type": "Muon"}}, "`optimizer.type` of `deepspeed` is 'muon'"),
+    *[
+        ({**ZERO, "optimizer": {"type": name}}, f"`optimizer.type` of `deepspeed` is '{name.lower()}'")
+        for name in ("Muon", "OneBitAdam", "OneBitLamb", "ZeroOneAdam")
+    ],
     (
         {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
         "grad_accum_dtype.*allowed: unset, or stage 2",

@@ -6,8 +6,9 @@ import shutil
 import pytest
 from conftest import OGPSA, cli, load_weights, read_rows, run_cli, run_here
 
-from llamafactory_ogpsa.plugin.arguments import OPTIONS
-from llamafactory_ogpsa.report import append_row, begin_log, plot_log, read_log
+from llamafactory_ogpsa.options import OPTIONS
+from llamafactory_ogpsa.run.log import append_row, begin_log, read_log
+from llamafactory_ogpsa.run.plot import plot_log
 
 
 @pytest.mark.cli
@@ -94,12 +95,12 @@ def test_epoch_logging_measures_every_logged_step(base_args):
 
 
 def test_a_plot_that_fails_does_not_cost_the_weights(base_args, monkeypatch):
-    from llamafactory_ogpsa import callback
+    from llamafactory_ogpsa.run import run
 
     def plot_log(*args):
         raise OSError("no space left")
 
-    monkeypatch.setattr(callback, "plot_log", plot_log)
+    monkeypatch.setattr(run, "plot_log", plot_log)
     run_here({**base_args, **OGPSA, "plot_loss": True})
     assert load_weights(base_args["output_dir"])
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,11 @@ from conftest import run_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llamafactory_ogpsa.plugin.arguments import OPTIONS, resolve
+from llamafactory_ogpsa.inputs import DEFAULT_RANK
+from llamafactory_ogpsa.options import OPTIONS, Settings, insert_tables, resolve
+
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,54 @@ def test_the_help_shows_the_real_default_once(parser):
             assert str(default).lower() in shown[0], text
 
 
+def test_the_tables_in_docs_are_up_to_date():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert insert_tables(page) == page, "run: python -m llamafactory_ogpsa.options docs/options.md"
+    for name in OPTIONS:
+        assert f"| `{name}` |" in page
+    with pytest.raises(ValueError, match="no lines"):
+        insert_tables("# A page without tables")
+
+
+def test_the_settings_of_a_run_are_its_options(parser, base_args):
+    flags = {"ogpsa_num_samples": "12.0", "ogpsa_rank": "4", "ogpsa_save_state": "false", "plot_loss": "true"}
+    args = {**base_args, "stage": "ogpsa_dpo", "dataset": "safety_pairs", **flags}
+    args["ogpsa_dataset"] = "helpful_pairs, truthful_pairs"
+    finetuning_args = parser.get_train_args([f"--{key}={value}" for key, value in args.items()])[3]
+    assert Settings.from_arguments(finetuning_args) == Settings(
+        dataset=["helpful_pairs", "truthful_pairs"],
+        num_samples=12,
+        refresh_samples=None,
+        loss="stage",
+        batch_size=None,
+        update_interval=5,
+        scope="parameter",
+        rank=4,
+        method="orthogonal",
+        basis_device="auto",
+        basis_dtype="auto",
+        kernel="auto",
+        save_state=False,
+        plot=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["ogpsa_num_samples", "ogpsa_refresh_samples", "ogpsa_update_interval", "ogpsa_rank"])
+@pytest.mark.parametrize("word", ["many", "2.5", "0", "-1", "true", "1e-3"])
+def test_wrong_numbers_on_the_command_line_are_refused_by_name(parser, base_args, name, word):
+    args = {**base_args, "stage": "ogpsa_sft", "ogpsa_dataset": "helpful", name: word}
+    with pytest.raises(ValueError, match=f"`{name}` is '{word}'; allowed: a positive integer"):
+        parser.get_train_args([f"--{key}={value}" for key, value in args.items()])
+
+
+def test_the_rank_of_scope_inputs_counts_directions_per_matrix():
+    options = {**dict.fromkeys(OPTIONS), "ogpsa_dataset": "general", "ogpsa_scope": "inputs", "ogpsa_num_samples": 2}
+    for rank, expected in [(None, DEFAULT_RANK), (1, 1), (4096, 4096)]:
+        arguments = SimpleNamespace(**{**options, "ogpsa_rank": rank}, stage="sft")
+        resolve(arguments)
+        assert arguments.ogpsa_rank == expected
+
+
 COUNTS = [
     "ogpsa_num_samples",
     "ogpsa_refresh_samples",
@@ -42,7 +95,7 @@ COUNTS = [
     "ogpsa_batch_size",
 ]
 CHOICES = {
-    "ogpsa_scope": ["parameter", "global"],
+    "ogpsa_scope": ["parameter", "global", "inputs"],
     "ogpsa_method": ["orthogonal", "conflict", "monitor"],
     "ogpsa_loss": ["stage", "sft"],
     "ogpsa_basis_device": ["auto", "accelerator", "cpu"],
@@ -56,6 +109,7 @@ SUFFIX = {"sft": "", "ogpsa_sft": "", "ogpsa_pt": "", "ogpsa_rm": "_pairs", "ogp
 
 # What is wrong for most options, though not for all.
 ODD = [None, "", " ", "many", "1", 0, -1, 33, 10**30, 1.0, 2.5, math.nan, math.inf, True, False, [], [1], ["auto"], {}]
+ODD += ["0", "-3", "4.0", "2.5", "1e1", "1e99", "1e-1", "0x10", "1_0", " 7", "٣", "nan", "1,5", 8.0, 1e30, 4097]
 GOOD = {
     "": st.sampled_from(["helpful", " truthful , helpful", ["helpful_text"]]),
     "_pairs": st.sampled_from(["helpful_pairs", ["truthful_pairs", "helpful_pairs"]]),
@@ -99,6 +153,19 @@ def same(one, other):
     return type(one) is type(other) and one == other  # True is not 1
 
 
+# Numbers in words of a command line or in quotes, and the integers they are.
+WRITTEN = {"4.0": 4, "1e1": 10, "1e99": 10**99}
+
+
+def count(value):
+    """Return the integer that a value is, without a doubt; None where it is none."""
+    if type(value) is str:
+        return int(value) if value.isascii() and value.isdigit() else WRITTEN.get(value)
+    if type(value) is float and math.isfinite(value) and value == round(value):
+        return int(value)
+    return value if type(value) is int else None
+
+
 def find_wrong(stage, given):
     """Return the names of the options that are wrong, by the rules of the README."""
     wrong = {name for name in given if name not in OPTIONS}
@@ -106,7 +173,8 @@ def find_wrong(stage, given):
     if not stage.startswith("ogpsa_"):
         return wrong | set(values)
 
-    wrong |= {name for name in COUNTS if name in values and not (type(values[name]) is int and values[name] > 0)}
+    values |= {name: count(values[name]) for name in COUNTS if name in values}
+    wrong |= {name for name in COUNTS if name in values and (values[name] is None or values[name] < 1)}
     wrong |= {
         name
         for name, allowed in CHOICES.items()
@@ -125,7 +193,12 @@ def find_wrong(stage, given):
     refresh = values.get("ogpsa_refresh_samples", samples)
     if refresh > samples:
         wrong.add("ogpsa_refresh_samples")
-    if rank > min(32, refresh * len(sets)) or (values.get("ogpsa_method") == "conflict" and rank % len(sets)):
+    if values.get("ogpsa_scope") == "inputs":
+        if rank > 4096:
+            wrong.add("ogpsa_rank")
+        if values.get("ogpsa_method") == "conflict":
+            wrong.add("ogpsa_method")
+    elif rank > min(32, refresh * len(sets)) or (values.get("ogpsa_method") == "conflict" and rank % len(sets)):
         wrong.add("ogpsa_rank")
     return wrong
 
@@ -142,7 +215,8 @@ def test_any_options_are_taken_as_given_or_refused_by_name(parser, base_args, dr
     if not wrong:
         finetuning_args = parser.get_train_args(args)[3]
         for name, value in given.items():
-            expected = split(value) if name == "ogpsa_dataset" else {"true": True, "false": False}.get(value, value)
+            read = {"ogpsa_dataset": split, **dict.fromkeys(COUNTS, count)}.get(name)
+            expected = read(value) if read else {"true": True, "false": False}.get(value, value)
             assert value is None or same(getattr(finetuning_args, name), expected)
         return
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import OGPSA, assert_same_run, rows_of, run_here, same_weights
 
-from llamafactory_ogpsa.state import STATE_NAME
+from llamafactory_ogpsa.run.checkpoint import STATE_NAME
 
 
 KILLED = Path(__file__).with_name("killed.py")
@@ -210,12 +210,12 @@ def test_a_state_that_does_not_fit_is_an_error(base_args, tmp_path, saved, name)
 DEATHS = {
     "in a step": ("SIGKILL", "torch.optim.adamw:AdamW.step", 6),
     "in a step, asked to": ("SIGTERM", "torch.optim.adamw:AdamW.step", 6),
-    "in a refresh": ("SIGKILL", "llamafactory_ogpsa.callback:orthonormalise_", 2),
+    "in a refresh": ("SIGKILL", "llamafactory_ogpsa.run.refresh:orthonormalise_", 2),
     "in a refresh, by the user": ("SIGINT", "llamafactory_ogpsa.reference:accumulate_reference_gradient", 4),
     "in a checkpoint, before the basis": ("SIGTERM", "llamafactory_ogpsa.state:save_file", 2),
     "in a checkpoint, between basis and state": ("SIGKILL", "llamafactory_ogpsa.state:asdict", 2),
     "in a checkpoint, after the state": ("SIGKILL", "transformers:Trainer._save_rng_state", 2),
-    "in the log": ("SIGKILL", "llamafactory_ogpsa.callback:append_row", 8),
+    "in the log": ("SIGKILL", "llamafactory_ogpsa.run.run:append_row", 8),
 }
 
 

@@ -1,7 +1,7 @@
 """From raw files to the table: prepare, SFT, DPO, evaluation of a checkpoint and of an adapter, comparison."""
 
+import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +23,16 @@ QUICK = ["--device", "cpu", "--batch_size", "4", "--gen_kwargs", "max_gen_toks=6
 
 @pytest.fixture
 def harness_here(monkeypatch):
-    """Run the harness in this process, which saves its imports."""
+    """Run the harness in this process, which saves its imports, and let it look for tasks where those used here are."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
     from lm_eval.__main__ import cli_evaluate
+
+    if importlib.util.find_spec("lm_eval.tasks._index"):  # of its versions that have it; a search takes seconds
+        from lm_eval.tasks._index import TaskIndex
+
+        search = TaskIndex._iter_yaml_files
+        narrow = staticmethod(lambda root: search(root / "truthfulqa" if (root / "truthfulqa").is_dir() else root))
+        monkeypatch.setattr(TaskIndex, "_iter_yaml_files", narrow)
 
     def run(command):
         monkeypatch.setattr(sys, "argv", command[2:])
@@ -58,7 +65,7 @@ def write_truthfulqa(folder):
 
 
 def test_from_raw_files_to_the_comparison(harness_here, tmp_path, monkeypatch, capsys):
-    """SFT and DPO of a Qwen, as a full checkpoint, and of a Llama, as a LoRA adapter on the SFT's exported model."""
+    """SFT of a Qwen, as a full checkpoint, and SFT and DPO of a Llama, as a LoRA adapter on the SFT's exported model."""
     from llamafactory.train.tuner import export_model
 
     monkeypatch.chdir(tmp_path)
@@ -68,24 +75,25 @@ def test_from_raw_files_to_the_comparison(harness_here, tmp_path, monkeypatch, c
         make_model_dir(tmp_path / family, family=family, vocab_size=len(WORDS) + 40) for family in ("qwen2", "llama")
     )
 
-    def train(name, model):
+    def train(name, model, template):
         args = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
         args.pop("deepspeed", None)
         small = {"model_name_or_path": model, "cutoff_len": 64, "max_steps": 2, "gradient_accumulation_steps": 1}
-        run_here({**args, **small, "preprocessing_num_workers": 1, "use_cpu": True, "plot_loss": False})
+        small |= {"template": template, "preprocessing_num_workers": 1, "use_cpu": True, "plot_loss": False}
+        run_here({**args, **small})
         return args["output_dir"]
 
-    checkpoint = train("qwen2_5_7b_full_dpo_ogpsa", train("qwen2_5_7b_full_sft_ogpsa", qwen))
+    checkpoint = train("full_sft", qwen, "qwen")
     merged = str(tmp_path / "merged")
     export_model(
         {
             "model_name_or_path": llama,
-            "adapter_name_or_path": train("llama3_1_8b_lora_sft_ogpsa", llama),
+            "adapter_name_or_path": train("lora_sft", llama, "llama3"),
             "template": "llama3",
             "export_dir": merged,
         }
     )
-    adapter = train("llama3_1_8b_lora_dpo_ogpsa", merged)
+    adapter = train("lora_dpo", merged, "llama3")
 
     safety = write_safety_data(tmp_path)
     write_truthfulqa(tmp_path)
@@ -109,23 +117,15 @@ def test_from_raw_files_to_the_comparison(harness_here, tmp_path, monkeypatch, c
     assert json.loads(results.read_text())["config"]["model_args"]["peft"] == adapter
 
 
-@pytest.mark.cli
-def test_a_judge_takes_the_place_of_the_rule(tmp_path):
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+def test_a_judge_takes_the_place_of_the_rule(harness_here, tmp_path, monkeypatch):
     model = make_model_dir(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
     config["chat_template"] = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "my_judge.py").write_text("def refuses(prompt, answer):\n    return prompt.startswith('ba')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
     words = ["--model", model, "--output", str(tmp_path / "out"), "--judge", "my_judge:refuses"]
-    process = subprocess.run(
-        [sys.executable, "-m", "llamafactory_ogpsa.cli", "evaluate", "safety", *words, *write_safety_data(tmp_path)]
-        + QUICK,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
-    )
-    assert process.returncode == 0, process.stderr[-3000:]
+    assert main(["evaluate", "safety", *words, *write_safety_data(tmp_path), *QUICK]) == 0
     (file,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(file.read_text())["results"]
     rates = {task: figures.get("refusal_rate,none") for task, figures in results.items()}

@@ -13,11 +13,16 @@ import pytest
 from raw_records import make_binarized, make_halueval, make_pku, make_ultrafeedback, pku_record, write_lines
 
 from llamafactory_ogpsa.cli import main
+from llamafactory_ogpsa.recipes.refusal_rule import is_refusal
+from llamafactory_ogpsa.recipes.refusals import TEMPLATE_FILE
 from llamafactory_ogpsa.recipes.samples import prompt_key
 
 
 ROOT = Path(__file__).resolve().parents[2]
-HALUEVAL = ROOT.parent / "shared" / "data" / "halueval_qa.jsonl"
+DATA = ROOT.parent / "shared" / "data"
+HALUEVAL = DATA / "halueval_qa.jsonl"
+TRANSCRIPTS = DATA / "real" / "hh_harmless_test.jsonl"
+INSTRUCTIONS = DATA / "real" / "safety_tuned_llamas.json"
 RAW = {
     "safety": make_pku,
     "helpful": make_ultrafeedback,
@@ -182,7 +187,7 @@ def test_other_entries_stay_as_they_are(raw, tmp_path):
         ('{"safety_sft": {"file_name": "safety_sft.json"}}', "has another entry safety_sft"),
         ('{"mine": {"file_name": "safety_dpo_heldout.json"}}', "has another entry mine"),
         ('{"mine": {"file_name": "./safety_sft.json"}}', "has another entry mine"),
-        ('{"mine": ', "is not JSON"),
+        ('{"mine": ', "is not a JSON object"),
         ("[1]", "is not a JSON object"),
     ],
 )
@@ -198,11 +203,11 @@ def test_a_dataset_info_that_is_not_ours_to_change_stops_before_any_file(raw, in
     ("content", "told"),
     [
         (b'{"prompt": "p", "response_a": "x"}\n', ["is_response_0_safe", "are missing; found: [prompt, response_a]"]),
-        (json.dumps(pku_record("p")).encode()[:-9], ["line 1 is not JSON", "cut off"]),
-        (json.dumps(pku_record("p")).encode() + b'\n{"prompt": "q"\n{}\n', ["line 2 is not JSON", "delete that line"]),
-        (b'[{"prompt": "p"}, ', ["not complete JSON"]),
-        (b"", ["the file is empty"]),
-        (bytes(range(128, 192)), ["line 1 is not JSON"]),
+        (json.dumps(pku_record("p")).encode()[:-9], ["raw.jsonl cannot be read", "cut off: JSON parse error"]),
+        (json.dumps(pku_record("p")).encode() + b'\n{"prompt": "q"\n{}\n', ["raw.jsonl cannot be read", "in row 1."]),
+        (b'[{"prompt": "p"}, ', ["raw.jsonl cannot be read", "cut off"]),
+        (b"", ["raw.jsonl is empty"]),
+        (bytes(range(128, 192)), ["raw.jsonl cannot be read", "in row 0."]),
         (
             json.dumps(pku_record("p", safe=(True, True))).encode(),
             ["none of the 1 records can be used (1 × no answer marked unsafe, with its severity)"],
@@ -220,9 +225,32 @@ def test_a_file_that_cannot_be_used_is_told_in_one_sentence(tmp_path, capfd, con
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_a_dataset_on_the_hub_is_named_after_it(tmp_path, monkeypatch):
+    import datasets
+
+    records = [
+        {"chosen": f"\n\nHuman: {i}\n\nAssistant: a", "rejected": f"\n\nHuman: {i}\n\nAssistant: b"} for i in "xyz"
+    ]
+    asked = []
+
+    def load_dataset(name, config, data_dir=None):
+        asked.append((name, config, data_dir))
+        return {"train": datasets.Dataset.from_list(records)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
+    assert prepare("safety", "Anthropic/hh-rlhf/harmless-base", tmp_path) == 0
+    assert prepare("safety", "Anthropic/hh-rlhf", tmp_path) == 0
+    assert asked == [("Anthropic/hh-rlhf", "default", folder) for folder in ("harmless-base", None)]
+
+
 def test_a_renamed_column_is_told_for_each_recipe(raw, tmp_path, capsys):
     for recipe, source, told in [
-        ("helpful", raw["truthful"], "[instruction, completions] or [prompt, chosen, rejected] are missing"),
+        (
+            "helpful",
+            raw["truthful"],
+            "[instruction, completions] or [prompt, chosen, rejected] or [chosen, rejected] are missing",
+        ),
         ("truthful", raw["helpful"], "[knowledge, question, right_answer, hallucinated_answer] are missing"),
     ]:
         assert prepare(recipe, source, tmp_path) == 2
@@ -262,20 +290,68 @@ def test_real_halueval_records(tmp_path, capsys):
         assert record["input"] == original["knowledge"].strip()
 
 
+@pytest.mark.parametrize("recipe", ["safety", "helpful"])
+@pytest.mark.skipif(not TRANSCRIPTS.is_file(), reason="no ../shared/data/real/hh_harmless_test.jsonl")
+def test_real_transcripts_reach_llamafactory_turn_by_turn(recipe, tmp_path, capsys):
+    """Put together again, what LLaMA-Factory reads is what was published, but for the white space around turns."""
+    from llamafactory.data.converter import get_dataset_converter
+    from llamafactory.data.parser import get_dataset_list
+
+    def bare(text):
+        return "".join(text.split())
+
+    pairs = [json.loads(line) for line in TRANSCRIPTS.read_text(encoding="utf-8").splitlines()]
+    published = {kind: {bare(pair[kind]) for pair in pairs} for kind in ("chosen", "rejected")}
+    assert prepare(recipe, TRANSCRIPTS, tmp_path, "--num-samples", "5000") == 0
+    report = capsys.readouterr().out
+    counted = sum(int(line.split()[0]) for line in report.splitlines()[1:-1] if "_dpo" not in line)
+    assert counted == len(pairs) == 2312
+
+    (attributes,) = get_dataset_list([f"{recipe}_dpo"], str(tmp_path))
+    convert = get_dataset_converter("alpaca", attributes, None)
+    records = read(tmp_path, f"{recipe}_dpo")
+    # The figures of docs/recipes.md.
+    samples = records + read(tmp_path, f"{recipe}_dpo_heldout")
+    assert (len(samples), sum(is_refusal(sample["chosen"]) for sample in samples)) == (2253, 188)
+    for record in records:
+        read_back = convert(record)
+        speakers = [f"{ {'user': 'Human', 'assistant': 'Assistant'}[turn['role']] }:" for turn in read_back["_prompt"]]
+        turns = [speaker + turn["content"] for speaker, turn in zip(speakers, read_back["_prompt"], strict=True)]
+        for kind, answer in zip(("chosen", "rejected"), read_back["_response"], strict=True):
+            assert bare("".join([*turns, "Assistant:", answer["content"]])) in published[kind]
+
+
+@pytest.mark.skipif(not INSTRUCTIONS.is_file(), reason="no ../shared/data/real/safety_tuned_llamas.json")
+def test_real_unsafe_instructions_have_no_ranking(tmp_path, capsys):
+    published = {(r["instruction"].strip(), r["output"].strip()) for r in json.loads(INSTRUCTIONS.read_text("utf-8"))}
+    assert prepare("safety", INSTRUCTIONS, tmp_path / "own", "--num-samples", "2000") == 0
+    assert list(read(tmp_path / "own", "dataset_info")) == ["safety_sft", "safety_sft_heldout"]
+    written = read(tmp_path / "own", "safety_sft") + read(tmp_path / "own", "safety_sft_heldout")
+    assert len(written) == 2200
+    assert {(record["instruction"], record["output"]) for record in written} <= published
+
+    assert prepare("safety", INSTRUCTIONS, tmp_path / "ours", "--num-samples", "2000", "--refusals", "templates") == 0
+    refused = read(tmp_path / "ours", "safety_sft")
+    assert [record["instruction"] for record in refused] == [r["instruction"] for r in written[:2000]]
+    assert all(is_refusal(record["output"]) and "{" not in record["output"] for record in refused)
+    assert prepare("helpful", INSTRUCTIONS, tmp_path / "other") == 2
+    assert "has another schema" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_a_write_that_fails_leaves_the_folder_as_it_was(raw, tmp_path, monkeypatch, capsys, error, count):
     assert prepare("safety", raw["safety"], tmp_path, "--seed", "1") == 0
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    stock, written = os.fsync, []
+    stock, written = Path.write_text, []
 
-    def fail(descriptor):
-        stock(descriptor)
-        written.append(descriptor)
+    def fail(path, text, **options):
+        stock(path, text, **options)
+        written.append(path)
         if len(written) == count:
             raise error
 
-    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(Path, "write_text", fail)
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             prepare("safety", raw["safety"], tmp_path, "--seed", "2")
@@ -301,12 +377,15 @@ sys.exit(code)
 
 def test_100_000_records_take_less_than_2_gib(tmp_path):
     rng = random.Random(0)
-    words = [f"w{i:04}" for i in range(5000)]
+    text = " ".join(f"w{rng.randrange(5000):04}" for _ in range(5000))
     source = tmp_path / "raw.jsonl"
     with open(source, "w") as f:
         for index in range(100_000):
-            answers = (" ".join(rng.choices(words, k=100)), " ".join(rng.choices(words, k=100)))
-            f.write(json.dumps(pku_record(f"{' '.join(rng.choices(words, k=20))} {index}", answers)) + "\n")
+            starts = (rng.randrange(len(text) - 600) for _ in range(3))
+            prompt, *answers = (
+                text[start : start + size] for start, size in zip(starts, (120, 600, 600), strict=True)
+            )
+            f.write(json.dumps(pku_record(f"{prompt} {index}", answers)) + "\n")
     process = subprocess.run(
         [sys.executable, "-c", MEASURE, "prepare", "safety", "--from", str(source), "--output", str(tmp_path / "out")],
         capture_output=True,
@@ -339,8 +418,9 @@ def test_num_samples_must_be_positive(value, capsys):
     assert "--num-samples" in capsys.readouterr().err
 
 
-def test_the_console_script_is_the_command_line():
+def test_the_wheel_has_the_templates_and_the_console_script_is_the_command_line():
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
+    assert TEMPLATE_FILE.name in config["options.package_data"]["llamafactory_ogpsa.recipes"].split()
     script = config["options.entry_points"]["console_scripts"].strip()
     assert script == f"llamafactory-ogpsa = {main.__module__}:{main.__name__}"

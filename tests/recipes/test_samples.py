@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from raw_records import binarized_record, make_pku, pku_record, ultrafeedback_record
 
-from llamafactory_ogpsa.recipes import helpful, safety, truthful
+from llamafactory_ogpsa.recipes import helpful, safety, transcripts, truthful
 from llamafactory_ogpsa.recipes.errors import RecipeError
-from llamafactory_ogpsa.recipes.refusals import REFUSALS, TOPICS, make_label
-from llamafactory_ogpsa.recipes.samples import BEYOND, Sample, prompt_key, split
+from llamafactory_ogpsa.recipes.refusals import TEMPLATE_FILE, make_label
+from llamafactory_ogpsa.recipes.samples import BEYOND, Sample, collect, prompt_key, split
 
 
 texts = st.one_of(st.none(), st.text(alphabet="aB \n", max_size=4))
@@ -29,7 +29,8 @@ pku_records = st.builds(
 
 def read_pku(records, refusals="templates", seed=0):
     drops = Counter()
-    return safety.make_samples(records, drops, make_label(str(refusals), seed)), drops
+    samples = safety.make_pku_samples(records, drops)
+    return safety.refuse(samples, drops, make_label(str(refusals), seed)), drops
 
 
 @given(st.lists(pku_records, max_size=12))
@@ -86,8 +87,8 @@ def test_templates_are_varied_and_name_the_topic():
     named = sum("white-collar crime" in sample.answer for sample in samples)
     assert 60 < named < 140
     assert not any("{" in sample.answer for sample in samples)
-    assert len(set(REFUSALS)) == len(REFUSALS) >= 30
-    assert len(TOPICS) == 19
+    templates = TEMPLATE_FILE.read_text().splitlines()
+    assert len(set(templates)) == len(templates) >= 30
 
 
 def test_a_refusal_depends_on_the_seed_and_the_prompt_alone():
@@ -97,7 +98,7 @@ def test_a_refusal_depends_on_the_seed_and_the_prompt_alone():
     assert by_prompt != {sample.prompt: sample.answer for sample in read_pku(records, seed=1)[0]}
 
 
-def test_an_unknown_category_names_itself_and_no_category_is_fine():
+def test_the_category_is_the_topic_and_no_category_is_fine():
     records = [pku_record(f"prompt {i}") for i in range(40)]
     for record in records[:20]:
         record["response_0_harm_category"] = {"Time Travel": True}
@@ -140,17 +141,17 @@ def test_the_users_refusals_are_taken_by_prompt(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nowhere.txt", None, "cannot be read"),
-        ("latin.txt", "café".encode("latin-1"), "cannot be read as UTF-8"),
+        ("nowhere.txt", None, "cannot be used (FileNotFoundError("),
+        ("latin.txt", "café".encode("latin-1"), "cannot be used (UnicodeDecodeError("),
         ("empty.txt", b"\n\n", "no line without {topic}"),
         ("topics.txt", b"Not {topic}.\n", "no line without {topic}"),
         (
             "a.jsonl",
             b'{"prompt": "p", "refusal": "r"}\n{"prompt": "p"}\n',
-            "record 2 is not JSON with prompt and refusal",
+            "cannot be used (KeyError('refusal'))",
         ),
-        ("b.jsonl", b"[1]\n", "record 1 is not JSON with prompt and refusal"),
-        ("c.jsonl", b'{"prompt": "p", "refusal": " "}\n', "record 1 has an empty prompt or refusal"),
+        ("b.jsonl", b"[1]\n", "cannot be used (TypeError("),
+        ("c.jsonl", b'{"prompt": "p", \n', "cannot be used (JSONDecodeError("),
     ],
 )
 def test_a_bad_file_of_refusals_is_refused_by_name(tmp_path, name, content, message):
@@ -163,7 +164,7 @@ def test_a_bad_file_of_refusals_is_refused_by_name(tmp_path, name, content, mess
 
 def read_helpful(records, binarized=False):
     drops = Counter()
-    return helpful.make_samples(records, drops, binarized), drops
+    return collect(records, drops, helpful.make_binarized if binarized else helpful.make_raw), drops
 
 
 def test_the_best_completion_is_chosen_and_the_worst_rejected():
@@ -182,7 +183,7 @@ def test_the_best_completion_is_chosen_and_the_worst_rejected():
     assert drops == {
         "same prompt as an earlier record": 1,
         "all answers have the same score": 1,
-        "best and worst answer are the same": 1,
+        "good and bad answer are the same": 1,
         "fewer than two answers with text and score": 2,
         "empty prompt": 1,
     }
@@ -196,7 +197,7 @@ def test_the_binarized_form_is_read_turn_by_turn():
         binarized=True,
     )
     assert samples == [Sample("p", "good", "bad")]
-    assert drops == {"more than one turn": 1, "empty answer": 1, "chosen and rejected answer are the same": 1}
+    assert drops == {"more than one turn": 1, "empty answer": 1, "good and bad answer are the same": 1}
 
 
 def test_columns_that_hold_something_else_are_refused():
@@ -214,10 +215,53 @@ def test_halueval_questions_keep_their_text():
     record = {"knowledge": "k", "question": "Q?", "right_answer": "r", "hallucinated_answer": "h"}
     bad = [{**record, "question": " "}, {**record, "right_answer": None}, {**record, "hallucinated_answer": "r"}]
     drops = Counter()
-    samples = truthful.make_samples([record, {**record, "question": "q?"}, *bad], drops)
+    samples = collect([record, {**record, "question": "q?"}, *bad], drops, truthful.make_sample)
     assert samples == [Sample("Q?", "r", "h", "k")]
     assert drops.total() == 4
     assert len(drops) == 4
+
+
+def transcript(*turns):
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def test_transcripts_give_the_last_request_its_two_answers_and_the_turns_before():
+    good = {"chosen": transcript("q", " good\n\nmore "), "rejected": transcript("q", "bad")}
+    long = {"chosen": transcript("a", "b", "c", "d", "e", "f"), "rejected": transcript("a", "b", "c", "d", "e", "g")}
+    bad = [
+        {**good, "rejected": transcript("q", "good\n\nmore")},
+        {**good, "rejected": transcript("other", "bad")},
+        {**good, "rejected": transcript("q", "bad", "a request without an answer")},
+        {**good, "chosen": "no speaker"},
+        {**good, "chosen": "before" + transcript("q", "good")},
+        {**good, "chosen": None},
+        {**good, "rejected": transcript("q", "")},
+        {**good, "rejected": transcript("q", "bad  Human: really?")},
+        {**good, "rejected": "\n\nHuman: q\n\nHuman: q\n\nAssistant: bad\n\nAssistant: bad"},
+        {"chosen": transcript("Q ", "x"), "rejected": transcript("q", "y")},
+    ]
+    drops = Counter()
+    assert collect([good, long, *bad], drops, transcripts.make_sample) == [
+        Sample("q", "good\n\nmore", "bad"),
+        Sample("e", "f", "g", history=(("a", "b"), ("c", "d"))),
+    ]
+    assert drops == {
+        "good and bad answer are the same": 1,
+        "chosen and rejected do not answer the same request": 2,
+        "turns of Human and Assistant do not alternate": 5,
+        "empty answer": 1,
+        "a turn holds another turn": 1,
+    }
+
+
+def test_the_same_last_request_after_other_turns_is_another_prompt():
+    rows = [
+        {"chosen": transcript(first, "b", "q", "x"), "rejected": transcript(first, "b", "q", "y")}
+        for first in ("a", "c", "a")
+    ]
+    drops = Counter()
+    assert len(collect(rows, drops, transcripts.make_sample)) == 2
+    assert drops == {"same prompt as an earlier record": 1}
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))

@@ -1,11 +1,13 @@
 """What needs no browser: a LlamaBoard that the plugin does not know, wrong options, the texts, the logs of a run."""
 
+import re
+from pathlib import Path
 from string import Formatter
 from types import SimpleNamespace
 
 import pytest
 
-from llamafactory_ogpsa.report import append_row
+from llamafactory_ogpsa.run.log import append_row
 
 
 pytest.importorskip("gradio", reason="LlamaBoard needs gradio")
@@ -74,6 +76,8 @@ def test_an_unknown_tab_gives_the_stock_board_and_says_so(interface, board, monk
 
 
 def test_an_unknown_runner_or_interface_is_left_alone(interface, board, monkeypatch):
+    from llamafactory.webui.runner import Runner
+
     create_ui = interface.create_ui.__wrapped__
     module = SimpleNamespace(create_ui=create_ui, create_train_tab=interface.create_train_tab)
     with pytest.raises(AttributeError, match="llamafactory-cli webui"):
@@ -81,7 +85,7 @@ def test_an_unknown_runner_or_interface_is_left_alone(interface, board, monkeypa
     with pytest.raises(TypeError, match="create_train_tab has the parameters"):
         board.patch(SimpleNamespace(create_ui=create_ui, create_train_tab=lambda: None))
     with monkeypatch.context() as patched:
-        patched.setattr(board.Runner, "monitor", lambda self, data: None)
+        patched.setattr(Runner, "monitor", lambda self, data: None)
         with pytest.raises(TypeError, match=r"Runner.monitor has the parameters \['self', 'data'\]"):
             board.patch(module)
     with monkeypatch.context() as patched:
@@ -121,7 +125,14 @@ SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
         (SFT, {"ogpsa_update_interval": 0}, "Update interval must be a positive integer"),
         (SFT, {"ogpsa_rank": -1}, "OGPSA rank must be 0 or a positive integer"),
         (SFT, {"ogpsa_rank": 99}, "`ogpsa_rank` is 99; allowed: at most 32"),
+        (SFT, {"ogpsa_scope": "inputs", "ogpsa_rank": 99}, ""),
+        (SFT, {"ogpsa_scope": "inputs", "ogpsa_method": "conflict"}, "`ogpsa_method` is 'conflict'"),
         (SFT, {"use_badam": True}, "`use_badam` is True"),
+        (SFT, {"use_galore": True, "galore_layerwise": True}, "`galore_layerwise` is True"),
+        (SFT, {"optim": "lomo"}, "`optim` is 'lomo'"),
+        (SFT, {"deepspeed": "nowhere.json"}, "nowhere.json"),
+        (SFT, {"deepspeed": {"zero_optimization": {"stage": 0}}}, "`zero_optimization.stage` of `deepspeed` is 0"),
+        (SFT, {"deepspeed": {"zero_optimization": {"stage": 1}}}, ""),
         (SFT, {"dataset_dir": "nowhere"}, "`dataset_dir` is 'nowhere'"),
         (SFT, {"dataset_dir": "ONLINE", "ogpsa_dataset": ["any/thing"]}, ""),
         (DPO, {}, "with rankings; these have none: helpful, truthful"),
@@ -133,9 +144,14 @@ SFT, DPO, KTO = "Supervised Fine-Tuning (OGPSA)", "DPO (OGPSA)", "KTO (OGPSA)"
         ("Reward Modeling (OGPSA)", {"ogpsa_loss": "sft"}, "`ogpsa_loss` is 'sft'"),
     ],
 )
-def test_wrong_options_are_named(board, data_dir, stage, changes, message):
+def test_wrong_options_are_named(data_dir, stage, changes, message):
+    from llamafactory_ogpsa.plugin.board_tab import find_error, options_of
+
     panel = {key: changes.get(key, value) for key, value in PANEL.items()}
-    error = board.find_error(panel, stage, changes.get("dataset_dir", data_dir), changes.get("use_badam", False), "en")
+    others = {key: value for key, value in changes.items() if key not in PANEL}
+    stages = {SFT: "ogpsa_sft", DPO: "ogpsa_dpo", KTO: "ogpsa_kto", "Reward Modeling (OGPSA)": "ogpsa_rm"}
+    args = {"stage": stages[stage], "dataset_dir": data_dir, **others, **options_of(panel)}
+    error = find_error(args, "en")
     assert message in error
     assert bool(error) is bool(message)
 
@@ -143,7 +159,7 @@ def test_wrong_options_are_named(board, data_dir, stage, changes, message):
 def test_every_element_is_an_option_with_its_default(board):
     import gradio as gr
 
-    from llamafactory_ogpsa.plugin.arguments import OPTIONS
+    from llamafactory_ogpsa.options import OPTIONS
     from llamafactory_ogpsa.plugin.board_locales import LOCALES
 
     with gr.Blocks():
@@ -154,13 +170,15 @@ def test_every_element_is_an_option_with_its_default(board):
 
 
 @pytest.mark.parametrize("save_state", [True, False])
-def test_the_options_of_the_accordion_are_those_of_the_run(board, base_args, tmp_path, save_state):
+def test_the_options_of_the_accordion_are_those_of_the_run(base_args, save_state):
     """Through LlamaBoard's own files and commands, which leave out what is False."""
     import yaml
     from llamafactory.hparams.parser import get_train_args
     from llamafactory.webui.common import gen_cmd, save_cmd
 
-    options = board.options_of({**PANEL, "ogpsa_save_state": save_state})
+    from llamafactory_ogpsa.plugin.board_tab import options_of
+
+    options = options_of({**PANEL, "ogpsa_save_state": save_state})
     args = {**base_args, "stage": "ogpsa_sft", **options}
     with open(save_cmd(args), encoding="utf-8") as f:
         from_file = get_train_args(yaml.safe_load(f))[3]
@@ -191,6 +209,21 @@ def test_every_text_is_there_in_every_language_of_llamaboard():
     table = {"galore_tab": {"en": {}, "eo": {}}}
     add_locales(table)
     assert table["ogpsa_rank"]["eo"]["label"] == "OGPSA rank"
+
+
+def test_the_fields_in_docs_are_those_of_the_accordion():
+    from llamafactory_ogpsa.options import OPTIONS
+    from llamafactory_ogpsa.plugin.board_locales import LOCALES
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "webui.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| `(ogpsa_\w+)` \| ([^|:;]+)", page, re.MULTILINE)
+    assert {name: label for label, name, _ in rows} == {
+        name: texts["en"]["label"] for name, texts in LOCALES.items() if name != "ogpsa_tab"
+    }
+    for _, name, first in rows:
+        default = OPTIONS[name].default
+        expected = "on" if default is True else str(default if default is not None else 0)
+        assert first.strip() == ("none" if name == "ogpsa_dataset" else expected), name
 
 
 def test_a_refresh_is_running_from_its_line_until_its_row(tmp_path):

@@ -4,7 +4,7 @@ import datasets
 
 from llamafactory_ogpsa.recipes.errors import RecipeError
 from llamafactory_ogpsa.recipes.refusal_rule import is_refusal, load_judge
-from llamafactory_ogpsa.recipes.source import load, require_columns
+from llamafactory_ogpsa.recipes.source import find_schema, load
 
 
 XSTEST, STRONGREJECT = "walledai/XSTest", "walledai/StrongREJECT"
@@ -19,7 +19,7 @@ def _tasks(prompts: list[str], source: str, judge: str) -> dict[str, datasets.Da
 
 def _xstest(label: str, source: str, judge: str) -> dict[str, datasets.Dataset]:
     rows = load(source, None, SPLITS)
-    require_columns(rows, source, ("prompt", "label"))
+    find_schema(rows, source, ("prompt", "label"))
     prompts = [row["prompt"] for row in rows if row["label"] == label]
     return _tasks(prompts, f"{source}, of whose prompts those labelled {label} are asked,", judge)
 
@@ -37,11 +37,11 @@ def xstest_unsafe(xstest: str = XSTEST, judge: str = "", **_) -> dict[str, datas
 def strongreject(strongreject: str = STRONGREJECT, judge: str = "", **_) -> dict[str, datasets.Dataset]:
     """Load StrongREJECT's prompts, from its authors' file or from the hub."""
     rows = load(strongreject, None, SPLITS)
-    column = ("forbidden_prompt", "prompt")[require_columns(rows, strongreject, ("forbidden_prompt",), ("prompt",))]
+    (column,) = find_schema(rows, strongreject, ("forbidden_prompt",), ("prompt",))
     return _tasks(list(rows[column]), strongreject, judge)
 
 
 def process_results(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Tell whether the answer is a refusal: by the judge where one was named, else by the rule."""
+    """Return 1 for a refusal and 0 for another answer: by the judge where one was named, else by the rule."""
     refuses = load_judge(doc["judge"])(doc["prompt"], results[0]) if doc["judge"] else is_refusal(results[0])
     return {"refusal_rate": float(refuses)}

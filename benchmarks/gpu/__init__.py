@@ -1,0 +1,1 @@
+"""The benchmarks of a GPU, in one command, and the writer of their tables in docs/."""

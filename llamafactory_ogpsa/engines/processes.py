@@ -1,0 +1,72 @@
+"""The processes of a run, and the three things that they tell each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that a run's samples, and perhaps its gradients, are split over.
+
+    Attributes:
+        rank: the number of this process.
+        size: the number of processes.
+        device: where they communicate (the accelerator for NCCL), wherever the gradients are.
+        shard_group: those that every gradient is split over; None where each process has it whole.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    shard_group: dist.ProcessGroup | None = None
+
+    @property
+    def sharded(self) -> bool:
+        """True where every process holds a piece of each gradient."""
+        return self.shard_group is not None
+
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of a few numbers over all processes."""
+        if self.size == 1:
+            return list(numbers)
+
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes, the same bits in each."""
+        if self.size == 1:
+            return tensor
+
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def sum_pieces(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Sum a small tensor over the pieces of the gradients: one collective, the same bits in each process."""
+        if not self.sharded:
+            return numbers
+
+        total = numbers.to(self.device, copy=True)
+        dist.all_reduce(total, group=self.shard_group)
+        return total.to(numbers.device)
+
+    def agree(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Return the first process's version of a small tensor in all processes.
+
+        Eigenvectors are unique up to their sign at most, so processes on different machines may choose differently,
+        and replicas that project by different numbers drift apart.
+        """
+        if self.size == 1:
+            return numbers
+
+        shared = numbers.to(self.device, copy=True)
+        dist.broadcast(shared, src=0)
+        return shared.to(numbers.device)
+
+
+ALONE = Processes()

@@ -1,0 +1,364 @@
+r"""Scope `inputs`: what every weight matrix does to reference inputs is left as it is.
+
+A weight matrix `W [out, in]` meets inputs `x`; its gradient is a sum of outer products, `G = Σ δ xᵀ`. With `V [k, in]`
+an orthonormal basis of the leading directions of the inputs that reference samples bring to the matrix,
+
+    G ← G − (G Vᵀ) V
+
+removes from every row of the gradient what lies in their span. For an input `x = Vᵀ a` in that span, `(W − η G̃) x = W x`:
+the matrix's outputs do not change at all, to any order, however often it is stepped along such gradients. This is
+gradient projection memory (Saha et al., ICLR 2021, section 4) and the null space of Wang et al. (CVPR 2021).
+
+A vector (a norm's gain, a bias) multiplies or shifts single numbers: any change of it changes outputs for some
+reference input, so its gradient is removed whole. Other tensors without a basis keep their gradient.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .checks import check_references, order_gradients
+from .engines.processes import ALONE, Processes
+from .geometry import ratio
+from .kernels.plan import GRADIENT_DTYPES
+from .kernels.rows import RowsKernel, make_rows_kernel, squared_norm
+from .pieces import Segment, find_cuts, split_piece
+
+
+METHODS = ("orthogonal", "monitor")
+
+# Directions of a matrix where no rank is given, and the most that may be asked for.
+DEFAULT_RANK = 96
+MOST_DIRECTIONS = 4096
+
+# A tensor that kept less than this share of its norm is rounding; the residual is measured against that floor.
+_RESIDUAL_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Protected:
+    """How one trainable tensor is protected.
+
+    Attributes:
+        basis: of a weight matrix, float32 `[k, in]`, orthonormal rows; None without one.
+        transposed: the matrix is `[in, out]`, as transformers' Conv1D has it.
+        width: of an embedding, the elements of a token's row.
+        tokens: of an embedding `[tokens, width]`, bool `[tokens]`: the rows that reference samples use; their gradient
+            is removed whole.
+        frozen: of a vector: its gradient is removed whole.
+        unreached: reference inputs do not reach it (LoRA's `B` where `A` keeps them out), so nothing is removed.
+    """
+
+    basis: torch.Tensor | None = None
+    transposed: bool = False
+    width: int = 0
+    tokens: torch.Tensor | None = None
+    frozen: bool = False
+    unreached: bool = False
+
+    @property
+    def covered(self) -> bool:
+        """True where the tensor is protected."""
+        return self.basis is not None or self.tokens is not None or self.frozen or self.unreached
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """What one projection measured, on the gradient's device; a figure is worked out when it is read.
+
+    Attributes:
+        norm_tensor: `‖G̃‖` of all tensors before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
+        sums: float64 `[tensors, 2]`: of each tensor `‖G‖²` and the part of it that lies in its span.
+        residual_tensor: see `residual`.
+    """
+
+    norm_tensor: torch.Tensor
+    sums: torch.Tensor
+    residual_tensor: torch.Tensor | None
+
+    has_cosines = False
+
+    @property
+    def finite_tensor(self) -> torch.Tensor:
+        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
+        return self.norm_tensor.isfinite()
+
+    @property
+    def finite(self) -> bool:
+        """False where the gradient held inf or NaN and was left as it was."""
+        return bool(self.finite_tensor.item())
+
+    @property
+    def norm(self) -> float:
+        """`‖G̃‖`, before clipping."""
+        return self.norm_tensor.item()
+
+    @property
+    def removed(self) -> float:
+        """`‖G − G̃‖ / ‖G‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
+        return ratio(self.sums[:, 1].sum().sqrt(), self.sums[:, 0].sum().sqrt()).item()
+
+    @cached_property
+    def residual(self) -> float | None:
+        """The largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None if not measured."""
+        return None if self.residual_tensor is None else self.residual_tensor.item()
+
+
+class InputSubspace:
+    """The bases of the reference inputs of a model's weight matrices, ready to be projected out of gradients.
+
+    Attributes:
+        names: the names of the tensors.
+        protected: how each is protected.
+    """
+
+    geometry = None
+    sharded = False  # every process has the whole of it, whatever its gradients
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        protected: Sequence[Protected],
+        sizes: Sequence[int],
+        device: torch.device,
+        offsets: Sequence[int] | None = None,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Wrap finished bases; most callers want `Subspace.from_gradients` with scope `inputs`.
+
+        Args:
+            names: the names of the tensors.
+            protected: how each is protected.
+            sizes: the number of elements of each (of this process's piece).
+            device: where the gradients are.
+            offsets: the first element of each piece in the flattened tensor; None: pieces are whole.
+            processes: those that gradients may be split over.
+        """
+        self.names = tuple(names)
+        self.protected = list(protected)
+        self.sizes = list(sizes)
+        self.device = device
+        self.processes = processes
+        widths = [None if item.basis is None else item.basis.shape[1] for item in self.protected]
+        self._offsets = list(offsets) if offsets is not None else [0] * len(self.names)
+        cuts = find_cuts(widths, self._offsets, self.sizes, processes) if processes.sharded else {}
+        self._segments = [
+            [] if width is None else split_piece(index, width, offset, size, cuts)
+            for index, (width, offset, size) in enumerate(zip(widths, self._offsets, self.sizes, strict=True))
+        ]
+        self._cut_tensors = torch.tensor([index for index, _ in sorted(cuts, key=cuts.get)], dtype=torch.int64)
+        self._kernels: dict[str, RowsKernel] = {}
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kernels": {}}
+
+    @property
+    def rank(self) -> int:
+        """The largest number of directions of any matrix."""
+        return max((item.basis.shape[0] for item in self.protected if item.basis is not None), default=0)
+
+    @classmethod
+    @torch.no_grad()
+    def from_gradients(cls, gradients: Sequence[dict[str, torch.Tensor]], rank: int | None = None) -> "InputSubspace":
+        """Take the inputs' directions from reference gradients; see `Subspace.from_gradients`."""
+        rank = DEFAULT_RANK if rank is None else rank
+        names, protected, sizes = [], [], []
+        for name in check_references(gradients):
+            present = [gradient[name] for gradient in gradients if gradient[name] is not None]
+            if not present:
+                continue
+            for index, gradient in enumerate(gradients):
+                if gradient[name] is not None and not gradient[name].isfinite().all():
+                    raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}")
+            names.append(name)
+            sizes.append(present[0].numel())
+            if present[0].dim() < 2:
+                protected.append(Protected(frozen=True))
+                continue
+            # A convolution's inputs are patches of all its channels; experts are matrices, one after another.
+            width = present[0][0].numel() if present[0].dim() > 3 else present[0].shape[-1]
+            rows = [tensor.double().reshape(-1, width) for tensor in present]
+            rows = torch.cat([ratio(row, row.norm()) for row in rows])
+            protected.append(Protected(leading_directions(rows, rank)))
+        return cls(names, protected, sizes, present[0].device)
+
+    @torch.no_grad()
+    def measure(self, changes: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measure a change of the weights, given tensor by tensor; see `Subspace.measure`.
+
+        Returns:
+            the norm of the part that lies in the spans, float64 `[1]`, and the squared norm of the change, 0-dim.
+        """
+        _, sums = self._measure(make_rows_kernel("torch", self.device), changes, keep=False)
+        return sums[:, 1].sum().sqrt()[None], sums[:, 0].sum()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return all numbers of the subspace by name, contiguous, each under its kind: `basis.<name>` and so on."""
+        tensors, stored = {}, set()
+        for name, item in zip(self.names, self.protected, strict=True):
+            if item.basis is not None:
+                # Matrices with the same inputs share a basis, which a file of tensors cannot.
+                shared = item.basis.untyped_storage().data_ptr() in stored
+                tensors[f"basis.{name}"] = item.basis.clone() if shared else item.basis.contiguous()
+                stored.add(item.basis.untyped_storage().data_ptr())
+            if item.tokens is not None:
+                tensors[f"tokens.{name}"] = item.tokens.to(torch.uint8).contiguous()
+            if item.unreached:
+                tensors[f"unreached.{name}"] = torch.ones(1, dtype=torch.uint8)
+        return tensors
+
+    def find_covered(self) -> list[bool]:
+        """Return for each tensor whether it is protected."""
+        return [item.covered for item in self.protected]
+
+    def projection(self, method: str = "orthogonal", kernel: str = "auto") -> Callable[..., InputStats]:
+        """Return the projection of gradients given in the order of `names`.
+
+        Args:
+            method: `orthogonal` or `monitor`.
+            kernel: `triton`, `torch`, or `auto` for triton where it runs.
+
+        Returns:
+            `project(gradients, max_norm=None, measure=False) -> InputStats`; see `projection.make_projection`.
+
+        Raises:
+            ValueError: an unknown method or kernel, a kernel that cannot run here.
+        """
+        if method not in METHODS:
+            raise ValueError(f"`method` is {method!r}; allowed with scope inputs: {', '.join(METHODS)}")
+        if kernel not in self._kernels:
+            self._kernels[kernel] = make_rows_kernel(kernel, self.device)
+        rows = self._kernels[kernel]
+
+        @torch.no_grad()
+        def project(gradients, max_norm: float | None = None, measure: bool = False) -> InputStats:
+            coefficients, sums = self._measure(rows, enumerate(gradients))
+            kept = sums[:, 0] - (0 if method == "monitor" else sums[:, 1])
+            total = sums[:, 0].sum()
+            norm = torch.where(total.isfinite(), kept.clamp(min=0).sum(), total).sqrt().float()
+            scale = None if max_norm is None or method == "monitor" else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            if method != "monitor":
+                self._apply(rows, gradients, coefficients, norm.isfinite(), scale)
+            residual = None
+            if measure:
+                _, left = self._measure(rows, enumerate(gradients), keep=False)
+                before = sums[:, 0].sqrt() * (1 if scale is None else scale)
+                floor = torch.maximum(left[:, 0].sqrt(), _RESIDUAL_FLOOR * before)
+                # What a frozen tensor has left is in its span, as a whole: it has nothing left.
+                residual = ratio(left[:, 1].sqrt(), floor).max()
+            return InputStats(norm, sums, residual)
+
+        return project
+
+    @torch.no_grad()
+    def project_(self, gradients: dict[str, torch.Tensor | None], method: str = "orthogonal", kernel: str = "auto"):
+        """Project gradients in place and measure what was removed and what is left; see `Subspace.project_`.
+
+        Raises:
+            ValueError: an unknown method (`conflict` has no meaning here: every row of a matrix has constraints of its
+                own) or kernel, a name of the subspace that is missing, a tensor with another number of elements.
+            TypeError: no dict, or a tensor of another dtype or a sparse one.
+        """
+        ordered = order_gradients(gradients, self.names, self.sizes, GRADIENT_DTYPES)
+        return self.projection(method, kernel)(ordered, measure=True)
+
+    def _parts(self, index: int, tensor: torch.Tensor) -> Iterable[tuple[Segment | None, torch.Tensor]]:
+        """Return the matrices `[rows, columns]` that a tensor (this process's piece of it) consists of."""
+        item = self.protected[index]
+        if item.transposed:
+            return [(None, tensor.reshape(tensor.shape[0], -1).T)]
+        flat = tensor.view(-1)
+        return [(part, flat[part.start : part.stop].view(part.rows, -1)) for part in self._segments[index]]
+
+    def _measure(self, rows: RowsKernel, tensors: Iterable[tuple[int, torch.Tensor | None]], keep: bool = True):
+        """Return the coefficients of each part of each tensor (none unless kept), and the sums of `InputStats`."""
+        sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.device)
+        cuts = torch.zeros(len(self._cut_tensors), self.rank, dtype=torch.float32, device=self.device)
+        coefficients: list[list[torch.Tensor]] = [[] for _ in self.names]
+        for index, gradient in tensors:
+            if gradient is None or gradient.numel() == 0:
+                continue
+            item = self.protected[index]
+            if item.basis is None:
+                sums[index, 0] = squared_norm(gradient)
+                if item.tokens is not None:
+                    sums[index, 1] = squared_norm(gradient.view(-1)[self._token_mask(index)])
+                elif item.frozen:
+                    sums[index, 1] = sums[index, 0]
+                continue
+            for segment, part in self._parts(index, gradient):
+                if segment is None or segment.cut is None:
+                    c, squares = rows.coefficients(part, item.basis)
+                    sums[index] += squares
+                else:
+                    # A row that several processes share: its coefficients are the sum of theirs.
+                    basis = item.basis[:, segment.column : segment.column + part.shape[1]].contiguous()
+                    c, squares = rows.coefficients(part, basis)
+                    sums[index, 0] += squares[0]
+                    cuts[segment.cut, : c.shape[1]] = c[0]
+                if keep:
+                    coefficients[index].append(c)
+        if self.processes.sharded:
+            total = self.processes.sum_pieces(torch.cat([sums.flatten(), cuts.double().flatten()]))
+            sums, cuts = total[: sums.numel()].view_as(sums), total[sums.numel() :].view_as(cuts).float()
+            for index, parts in enumerate(self._segments):
+                for place, segment in enumerate(parts if coefficients[index] else ()):
+                    if segment.cut is not None:
+                        k = self.protected[index].basis.shape[0]
+                        coefficients[index][place] = cuts[segment.cut : segment.cut + 1, :k]
+            sums[:, 1].index_add_(0, self._cut_tensors.to(self.device), cuts.double().square().sum(1))
+        return coefficients, sums
+
+    def _token_mask(self, index: int) -> torch.Tensor:
+        """Return which elements of (a piece of) an embedding belong to tokens that reference samples use; bool."""
+        tokens, start, size = self.protected[index].tokens, self._offsets[index], self.sizes[index]
+        width = self.protected[index].width
+        first, last = start // width, -(-(start + size) // width)
+        return tokens[first:last].repeat_interleave(width)[start - first * width :][:size]
+
+    def _apply(self, rows: RowsKernel, gradients, coefficients, finite: torch.Tensor, scale) -> None:
+        """Remove what was measured, and clip, unless the gradient is not finite."""
+        if self.device.type == "cpu" and not finite.item():
+            scale = None if scale is None or scale.item() == 1.0 else scale
+            if scale is None:
+                return
+        for index, (item, gradient) in enumerate(zip(self.protected, gradients, strict=True)):
+            if gradient is None or gradient.numel() == 0:
+                continue
+            if item.frozen:
+                gradient.masked_fill_(finite, 0.0)
+            elif item.tokens is not None:
+                gradient.view(-1).masked_fill_(self._token_mask(index) & finite, 0.0)
+                if scale is not None:
+                    gradient.mul_(scale)
+            elif item.basis is None:
+                if scale is not None:
+                    gradient.mul_(scale)
+            else:
+                for (segment, part), c in zip(self._parts(index, gradient), coefficients[index], strict=True):
+                    basis = item.basis
+                    if segment is not None and segment.cut is not None:
+                        basis = basis[:, segment.column : segment.column + part.shape[1]].contiguous()
+                    rows.apply_(part, torch.where(finite, c, 0.0), basis, scale)
+
+
+def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading right singular vectors of a matrix, those of the largest singular values.
+
+    Args:
+        rows: `[n, in]`, any float dtype; the sums are float64.
+        rank: most directions.
+
+    Returns:
+        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, and less where rounding is all that is left.
+    """
+    rows = rows.double()
+    wide = rows.shape[0] <= rows.shape[1]
+    eigenvalues, eigenvectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+    eigenvalues, eigenvectors = eigenvalues.flip(0)[:rank], eigenvectors.flip(1)[:, :rank]
+    kept = eigenvalues > 1e-10 * eigenvalues[0].clamp(min=torch.finfo(torch.float64).tiny)
+    eigenvalues, eigenvectors = eigenvalues[kept], eigenvectors[:, kept]
+    directions = eigenvectors.T @ rows / eigenvalues.sqrt()[:, None] if wide else eigenvectors.T
+    return directions.float().contiguous()

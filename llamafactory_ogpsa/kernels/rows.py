@@ -1,0 +1,95 @@
+"""The two passes of scope `inputs`, over one matrix at a time: what its rows have in the span of a basis, and its removal.
+
+For a gradient ``G [rows, in]`` and a basis ``V [k, in]`` with orthonormal rows, ``C = G Vᵀ`` and ``G ← s (G − C V)``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+from .factory import use_triton
+
+
+class RowsKernel(Protocol):
+    """One implementation of the two passes. Results are bitwise the same in every run on the same machine."""
+
+    def coefficients(self, gradient: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measure a gradient along a basis.
+
+        Args:
+            gradient: float32, bfloat16 or float16 ``[rows, in]``.
+            basis: float32 ``[k, in]``, contiguous, on the same device.
+
+        Returns:
+            C, float32 ``[rows, k]``, and ``(‖G‖², ‖C‖²)``, float64 ``[2]``.
+        """
+
+    def apply_(
+        self, gradient: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor | None
+    ) -> None:
+        """Change a gradient in place: ``G ← s (G − C V)``, computed in float32 and rounded at the write.
+
+        Args:
+            gradient: as above.
+            coefficients: float32 ``[rows, k]``; zeros leave finite values as they are.
+            basis: as above.
+            scale: float32, 0-dim, or None for one.
+        """
+
+
+class TorchRows:
+    """The passes as two matrix products."""
+
+    def coefficients(self, gradient: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gradient = gradient.float()
+        with exact_products():
+            coefficients = gradient @ basis.T
+        return coefficients, torch.stack([squared_norm(gradient), squared_norm(coefficients)])
+
+    def apply_(
+        self, gradient: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor | None
+    ) -> None:
+        result = gradient if gradient.dtype == torch.float32 else gradient.float()
+        with exact_products():
+            result.addmm_(coefficients, basis, alpha=-1)
+        if scale is not None:
+            result.mul_(scale)
+        if result is not gradient:
+            gradient.copy_(result)
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Multiply float32 matrices in float32, also where a run lets its own products be TF32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm, float64, 0-dim; the sum of a row is float32, rows are added in float64."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() > 0 and tensor.numel() > 0 else tensor.reshape(1, -1)
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double().square().sum()
+
+
+def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
+    """Choose the implementation.
+
+    Args:
+        kernel: ``triton``, ``torch``, or ``auto`` for Triton where it can run.
+        device: the gradients'.
+
+    Raises:
+        ValueError: an unknown kernel, or ``triton`` where it cannot run.
+    """
+    if use_triton(kernel, device):
+        from .triton_rows import TritonRows
+
+        return TritonRows()
+
+    return TorchRows()

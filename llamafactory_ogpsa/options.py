@@ -1,0 +1,321 @@
+"""The `ogpsa_*` options, each declared once.
+
+From the fields of `Settings` follow LLaMA-Factory's arguments and their `--help` (`plugin.arguments`), the checks, the
+defaults, the table in docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the panel of the
+web UI (`plugin.board_tab`).
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from .inputs import DEFAULT_RANK, MOST_DIRECTIONS
+from .kernels import MAX_RANK
+
+
+PREFIX = "ogpsa_"
+
+# Optimizer steps between refreshes, and the same for DPO and KTO.
+_INTERVAL, _PREFERENCE_INTERVAL = 30, 5
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one option is declared.
+
+    Attributes:
+        type: `list` (dataset names), `int` (a positive integer), `str` (one of `choices`) or `bool`.
+        help: what it does.
+        group: the heading under which docs/options.md and the web UI show it.
+        default: the value where none is given; None where `default_text` says what happens then.
+        default_text: the default in words, where `default` alone does not say it.
+        by_stage: defaults of single training stages.
+        choices: the allowed values of a `str`.
+        panel: whether the web UI shows it; the others go into LlamaBoard's extra arguments.
+    """
+
+    type: type
+    help: str
+    group: str
+    default: Any = None
+    default_text: str = ""
+    by_stage: dict[str, Any] = field(default_factory=dict)
+    choices: tuple[str, ...] = ()
+    panel: bool = True
+
+    def default_of(self, stage: str) -> Any:
+        """Return the default in a training stage."""
+        return self.by_stage.get(stage, self.default)
+
+    @property
+    def shown_default(self) -> str:
+        """The default as it is shown to users."""
+        return "required" if self.type is list else self.default_text or str(self.default).lower()
+
+
+def _option(type: type, help: str, group: str, **kwargs: Any) -> Any:
+    return field(metadata={"option": Option(type, help, group, **kwargs)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run, checked and with their defaults filled in; `ogpsa_` is left out of the names."""
+
+    dataset: list[str] = _option(
+        list,
+        "The datasets of the general capabilities to preserve, one capability each: names in dataset_info.json, "
+        "separated by commas.",
+        "Reference data",
+    )
+    num_samples: int = _option(
+        int, "The first N samples of each reference dataset are used.", "Reference data", default=200
+    )
+    refresh_samples: int | None = _option(
+        int,
+        "Samples per reference dataset and refresh, taken in turn from the first `ogpsa_num_samples`.",
+        "Reference data",
+        default_text="all of them every time",
+        panel=False,
+    )
+    loss: str = _option(
+        str,
+        "The reference loss. stage: the loss of the training stage; sft: the SFT loss, for datasets without rankings "
+        "or tags in the DPO and KTO stages.",
+        "Reference data",
+        default="stage",
+        choices=("stage", "sft"),
+    )
+    batch_size: int | None = _option(
+        int,
+        "Samples per reference batch.",
+        "Reference data",
+        default_text="`per_device_train_batch_size`",
+        panel=False,
+    )
+    update_interval: int = _option(
+        int,
+        "Optimizer steps between two refreshes of the subspace.",
+        "Subspace",
+        default=_INTERVAL,
+        by_stage={"dpo": _PREFERENCE_INTERVAL, "kto": _PREFERENCE_INTERVAL},
+        default_text=f"{_INTERVAL}; {_PREFERENCE_INTERVAL} for DPO and KTO",
+    )
+    scope: str = _option(
+        str,
+        "parameter: a subspace per parameter tensor; global: one for all; inputs: for each weight matrix the input "
+        "directions that the reference data use.",
+        "Subspace",
+        default="parameter",
+        choices=("parameter", "global", "inputs"),
+    )
+    rank: int | None = _option(
+        int,
+        "The most directions kept in the subspace; more than one per dataset split the samples of each dataset. "
+        "With `ogpsa_scope: inputs`: directions per weight matrix.",
+        "Subspace",
+        default_text=f"one per dataset; {DEFAULT_RANK} with `ogpsa_scope: inputs`",
+    )
+    method: str = _option(
+        str,
+        "orthogonal: remove the whole component in the subspace; conflict: remove only what raises a reference loss; "
+        "monitor: measure the component and change nothing.",
+        "Subspace",
+        default="orthogonal",
+        choices=("orthogonal", "conflict", "monitor"),
+    )
+    basis_device: str = _option(
+        str,
+        "Where the basis of the subspace is kept. auto: decide by the free memory; accelerator; cpu: in pinned host "
+        "memory.",
+        "Machine",
+        default="auto",
+        choices=("auto", "accelerator", "cpu"),
+    )
+    basis_dtype: str = _option(
+        str,
+        "The precision of the basis. auto: that of the gradients.",
+        "Machine",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        panel=False,
+    )
+    kernel: str = _option(
+        str,
+        "The implementation of the projection. auto: Triton where it runs, else torch.",
+        "Machine",
+        default="auto",
+        choices=("auto", "triton", "torch"),
+        panel=False,
+    )
+    save_state: bool = _option(
+        bool,
+        "Save the basis in checkpoints, so that a resumed run ends as an uninterrupted one. If false, it is computed "
+        "again where training resumes.",
+        "Machine",
+        default=True,
+    )
+    plot: bool  # LLaMA-Factory's `plot_loss`
+
+    @classmethod
+    def from_arguments(cls, arguments: Any) -> "Settings":
+        """Collect the settings from LLaMA-Factory's finetuning arguments, on which `resolve` was called."""
+        options = {name.removeprefix(PREFIX): getattr(arguments, name) for name in OPTIONS}
+        return cls(**options, plot=arguments.plot_loss)
+
+
+OPTIONS: dict[str, Option] = {
+    PREFIX + item.name: item.metadata["option"] for item in fields(Settings) if "option" in item.metadata
+}
+
+
+def _read_names(name: str, value: Any) -> list[str]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(item, str) for item in names):
+        raise ValueError(
+            f"`{name}` is {value!r}; allowed: names of general-capability datasets in dataset_info.json, "
+            "separated by commas."
+        )
+    names = [item.strip() for item in names]
+    if not names or not all(names):
+        raise ValueError(f"`{name}` is {value!r}, which has an empty name; allowed: dataset names, e.g. a,b.")
+    for item in names:
+        if names.count(item) > 1:
+            raise ValueError(f"`{name}` is {value!r}; {item} is in it twice; allowed: each dataset once.")
+    return names
+
+
+def _read_count(name: str, value: Any) -> int:
+    """Read a positive integer: 200, 200.0, "200" or "2e2"; anything that leaves a doubt is refused."""
+    number = value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}(\.[0-9]{0,18})?([eE]\+?[0-9]{1,2})?", value):
+        number = Fraction(value)
+    if isinstance(number, float | Fraction) and number % 1 == 0:
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ValueError(f"`{name}` is {value!r}; allowed: a positive integer.")
+    return number
+
+
+def _read_switch(name: str, value: Any) -> bool:
+    value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` is {value!r}; allowed: true, false.")
+    return value
+
+
+def _read_choice(name: str, value: Any) -> str:
+    choices = OPTIONS[name].choices
+    if value not in choices:
+        raise ValueError(f"`{name}` is {value!r}; allowed: {', '.join(choices)}.")
+    return value
+
+
+_READERS = {list: _read_names, int: _read_count, str: _read_choice, bool: _read_switch}
+
+
+def resolve(arguments: Any) -> None:
+    """Check the options of a run that asks for OGPSA and fill in their defaults, in place.
+
+    Args:
+        arguments: an object with all `OPTIONS` as attributes, None where not given, and its stock `stage`.
+
+    Raises:
+        ValueError: names the option, what was given and what is allowed.
+    """
+    for name, option in OPTIONS.items():
+        value = getattr(arguments, name)
+        if value is not None or option.type is list:
+            setattr(arguments, name, _READERS[option.type](name, value))
+        else:
+            setattr(arguments, name, option.default_of(arguments.stage))
+
+    if arguments.ogpsa_refresh_samples is not None and arguments.ogpsa_refresh_samples > arguments.ogpsa_num_samples:
+        raise ValueError(
+            f"`ogpsa_refresh_samples` is {arguments.ogpsa_refresh_samples}; allowed: at most `ogpsa_num_samples`, "
+            f"which is {arguments.ogpsa_num_samples}."
+        )
+    if arguments.ogpsa_loss == "sft" and arguments.stage not in ("sft", "dpo", "kto"):
+        raise ValueError(f"`ogpsa_loss` is 'sft', which stage {arguments.stage} has no use for; allowed there: stage.")
+    if arguments.ogpsa_scope == "inputs":
+        _resolve_inputs(arguments)
+    else:
+        _check_rank(arguments)
+
+
+def _resolve_inputs(arguments: Any) -> None:
+    """Check `ogpsa_scope: inputs`, whose rank counts directions of a weight matrix's input, not gradients."""
+    if arguments.ogpsa_rank is None:
+        arguments.ogpsa_rank = DEFAULT_RANK
+    if arguments.ogpsa_rank > MOST_DIRECTIONS:
+        raise ValueError(
+            f"`ogpsa_rank` is {arguments.ogpsa_rank}; allowed with `ogpsa_scope: inputs`: 1 to {MOST_DIRECTIONS}."
+        )
+    if arguments.ogpsa_method == "conflict":
+        raise ValueError(
+            "`ogpsa_method` is 'conflict', which needs the reference gradients, and `ogpsa_scope: inputs` has none; "
+            "allowed with it: orthogonal, monitor."
+        )
+
+
+def _check_rank(arguments: Any) -> None:
+    """Check the rank of a subspace that reference gradients span."""
+    sets = len(arguments.ogpsa_dataset)
+    samples = arguments.ogpsa_refresh_samples or arguments.ogpsa_num_samples
+    rank, most = arguments.ogpsa_rank or sets, min(MAX_RANK, samples * sets)
+    if rank > most:
+        raise ValueError(
+            f"`ogpsa_rank` is {rank}; allowed: at most {most} (the samples of a refresh, and never more than "
+            f"{MAX_RANK})."
+        )
+    if arguments.ogpsa_method == "conflict" and rank % sets != 0:
+        raise ValueError(
+            f"`ogpsa_rank` is {rank}, which does not hold the gradients of all {sets} sets, as "
+            f"`ogpsa_method: conflict` needs; allowed with it: multiples of {sets}."
+        )
+
+
+# The lines of docs/options.md between which the tables stand.
+_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
+
+
+def make_tables() -> str:
+    """Return the Markdown tables of all options, one a group."""
+    allowed = {list: lambda _: "dataset names", int: lambda _: "a positive integer", bool: lambda _: "true, false"}
+    allowed[str] = lambda option: ", ".join(option.choices)
+    lines = []
+    for group in dict.fromkeys(option.group for option in OPTIONS.values()):
+        lines += [f"## {group}", "", "| option | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"| `{name}` | {option.shown_default} | {allowed[option.type](option)} | {option.help} |"
+            for name, option in OPTIONS.items()
+            if option.group == group
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def insert_tables(page: str) -> str:
+    """Return a page with its tables of options renewed.
+
+    Raises:
+        ValueError: the page does not have the two lines between which they stand.
+    """
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if not begin or not end:
+        raise ValueError(f"the page has no lines {_BEGIN} and {_END}")
+    return f"{before}{_BEGIN}\n\n{make_tables()}\n{_END}{after}"
+
+
+def main(words: Sequence[str]) -> None:
+    """Renew the tables in the files that are given."""
+    for path in map(Path, words):
+        path.write_text(insert_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

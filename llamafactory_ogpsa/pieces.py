@@ -1,0 +1,86 @@
+"""Where the rows of a matrix lie in a process's flat piece of it.
+
+ZeRO lays parameters end to end and cuts them anywhere, so a process's piece of a matrix may begin and end inside a row.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .engines.processes import Processes
+
+
+class Segment(NamedTuple):
+    """A run of whole rows, or a part of one row, of a piece.
+
+    Attributes:
+        start: the first element in the piece.
+        stop: the element after the last.
+        rows: the number of rows; 1 for a part of one.
+        column: the column of the first element.
+        cut: the number of the row among all rows that are cut; None for whole rows.
+    """
+
+    start: int
+    stop: int
+    rows: int
+    column: int
+    cut: int | None
+
+
+# The number of each row that is cut, by the index of its tensor and its own.
+Cuts = dict[tuple[int, int], int]
+
+
+def find_cuts(
+    widths: Sequence[int | None], offsets: Sequence[int], sizes: Sequence[int], processes: Processes
+) -> Cuts:
+    """Number the rows that several processes hold parts of; every process calls it and gets the same.
+
+    Args:
+        widths: the columns of each tensor; None for those without rows.
+        offsets: the first element of this process's piece of each, in the flattened tensor.
+        sizes: the number of its elements.
+        processes: all processes.
+    """
+    own = [[-1.0, -1.0] for _ in widths]
+    for index, (width, offset, size) in enumerate(zip(widths, offsets, sizes, strict=True)):
+        if width is None or size == 0:
+            continue
+        first, last = offset // width, (offset + size) // width
+        if offset % width:
+            own[index][0] = float(first)
+        if (offset + size) % width and not (offset % width and first == last):
+            own[index][1] = float(last)
+    # A table with a line for each process, of which it fills its own.
+    table = [0.0] * (2 * len(widths) * processes.size)
+    start = 2 * len(widths) * processes.rank
+    table[start : start + 2 * len(widths)] = [row + 1 for pair in own for row in pair]
+    rows = set()
+    for place, value in enumerate(processes.totals(table)):
+        if value > 0:
+            rows.add((place % (2 * len(widths)) // 2, int(value) - 1))
+    return {row: number for number, row in enumerate(sorted(rows))}
+
+
+def split_piece(index: int, width: int, offset: int, size: int, cuts: Cuts) -> list[Segment]:
+    """Split a piece into the part of a row that it begins in, whole rows, and the part of one that it ends in.
+
+    Args:
+        index: of the tensor.
+        width: its columns.
+        offset: the first element of the piece in the flattened tensor.
+        size: the number of its elements.
+        cuts: see `find_cuts`.
+    """
+    segments, at = [], 0
+    while at < size:
+        row, column = divmod(offset + at, width)
+        left = size - at
+        if column or left < width:
+            length = min(width - column, left)
+            segments.append(Segment(at, at + length, 1, column, cuts[index, row]))
+        else:
+            length = left // width * width
+            segments.append(Segment(at, at + length, length // width, 0, None))
+        at += length
+    return segments

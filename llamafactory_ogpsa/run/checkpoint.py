@@ -1,0 +1,214 @@
+"""What a checkpoint keeps of a run, so that a resumed run goes on exactly where it stopped.
+
+Beside the Trainer's own files in a checkpoint's folder:
+
+- `ogpsa_state-00000-of-00001.safetensors`: the basis and its geometry. Where every process holds a piece of the basis,
+  one such file each. None where the first step after the checkpoint refreshes anyway.
+- `ogpsa_state.json`: everything else. It is written when the former are complete, so it tells that they are.
+"""
+
+import glob
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_type_hints
+
+from ..engines import Engine
+from ..storage import Read, open_tensors, save_tensors
+from ..subspace import Subspace
+
+
+STATE_NAME = "ogpsa_state.json"
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is in its schedule, and what its basis was made by.
+
+    Attributes:
+        step: the optimizer steps taken.
+        refreshed_at: the step of the last refresh.
+        moved: see `Schedule`.
+        searching: see `Schedule`.
+        covered: see `Schedule`.
+        non_finite_steps: gradients that were not projected since the last logged step.
+        idle_steps: logged steps in a row, up to this one, of whose gradients hardly anything was left.
+        uncovered_steps: logged steps in a row, up to this one, with much of the gradient in tensors without direction.
+        reference_losses: those of the last refresh, by the name of the set.
+        made_by: the options that the basis depends on, by name.
+        pieces: the number of files that the basis is in; 0 where it was left out.
+        format: the version of all this.
+    """
+
+    step: int
+    refreshed_at: int | None
+    moved: bool
+    searching: bool
+    covered: int
+    non_finite_steps: int
+    idle_steps: int
+    uncovered_steps: int
+    reference_losses: dict
+    made_by: dict
+    pieces: int = 0
+    format: int = _FORMAT
+
+
+def damaged(path: str, problem: object) -> ValueError:
+    """Make the error that says what is wrong with a state and what to do about it."""
+    return ValueError(
+        f"{path} {problem}, so the run cannot go on exactly where it stopped. Resume from another checkpoint; or set "
+        f"`ogpsa_save_state: false`, or delete the checkpoint's ogpsa_state files, to go on with a new basis."
+    )
+
+
+def fail_together(engine: Engine, error: Exception | None) -> None:
+    """Raise in every process what was caught in any, so that none goes on to wait for one that is gone.
+
+    Raises:
+        Exception: this process's error, or a RuntimeError that tells of another's.
+    """
+    (failed,) = engine.processes.totals([float(error is not None)])
+    if error is not None:
+        raise error
+    if failed:
+        raise RuntimeError(
+            f"{failed:.0f} other process(es) could not read or write the state of OGPSA: see their errors."
+        )
+
+
+def _pieces(engine: Engine, sharded: bool) -> tuple[int, int]:
+    """Return the number of pieces that a basis is in, and which of them this process has."""
+    return (engine.processes.size, engine.processes.rank) if sharded else (1, 0)
+
+
+def _basis_path(folder: str, pieces: int, piece: int) -> str:
+    return os.path.join(folder, f"ogpsa_state-{piece:05d}-of-{pieces:05d}.safetensors")
+
+
+def _basis_files(folder: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "ogpsa_state-*")))
+
+
+def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: Engine, writes: bool) -> None:
+    """Write a state into a checkpoint that is being written; every process calls it.
+
+    Args:
+        folder: the checkpoint's.
+        state: everything but the basis; `pieces` is filled in here.
+        subspace: the basis; None leaves it out.
+        engine: the run's.
+        writes: whether this process writes what all processes have.
+    """
+    pieces, piece = _pieces(engine, subspace is not None and subspace.sharded)
+    if writes:
+        remove_state(folder)
+    if subspace is not None and pieces > 1:
+        engine.processes.totals([1.0])  # an old state must be gone before the first piece of the new one is there
+    error = None
+    if subspace is not None and (writes or pieces > 1):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            save_tensors(_basis_path(folder, pieces, piece), subspace.tensors(), {"step": str(state.step)})
+        except OSError as err:
+            error = err
+    if subspace is not None and pieces > 1:
+        fail_together(engine, error)
+    elif error is not None:
+        raise error
+    if writes:
+        state = replace(state, pieces=0 if subspace is None else pieces)
+        path = os.path.join(folder, STATE_NAME)
+        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+            json.dump(asdict(state), f, indent=2)
+            f.write("\n")
+        os.replace(f"{path}.tmp", path)
+
+
+def remove_state(folder: str) -> None:
+    """Remove a state that an earlier run has left in a folder that is written again, what vouches for it first."""
+    for path in [os.path.join(folder, STATE_NAME), *_basis_files(folder)]:
+        if os.path.exists(path):
+            os.remove(path)
+
+
+def load_state(
+    folder: str,
+    step: int,
+    made_by: dict[str, Any],
+    engine: Engine,
+    sharded: bool,
+    restore: Callable[[Read, set[str]], Subspace],
+) -> tuple[RunState, Subspace | None] | None:
+    """Read the state in a checkpoint and check that it belongs to this run; every process calls it.
+
+    Args:
+        folder: the checkpoint's.
+        step: the optimizer steps taken, as the Trainer knows it.
+        made_by: this run's options that the basis depends on.
+        engine: the run's.
+        sharded: whether this run's basis is in pieces, one a process.
+        restore: makes a basis of a file's tensors, given what reads one and their names.
+
+    Returns:
+        the state and the basis, None where it was left out; None where the checkpoint holds no state.
+
+    Raises:
+        ValueError: it is damaged or belongs to another run; says what is wrong and what to do.
+    """
+    path = os.path.join(folder, STATE_NAME)
+    found = os.path.exists(path)
+    (processes,) = engine.processes.totals([float(found)])
+    if 0 < processes < engine.processes.size:
+        raise damaged(path, f"is where only {processes:.0f} of {engine.processes.size} processes see it")
+    if not found:
+        if _basis_files(folder):
+            raise damaged(path, "is missing, but there is a basis beside it")
+        return None
+
+    state = _read_state(path)
+    pieces, piece = _pieces(engine, sharded)
+    if state.step != step:
+        raise damaged(path, f"is of step {state.step}, the checkpoint of step {step}")
+    for name, value in made_by.items():
+        if state.made_by.get(name) != value:
+            raise damaged(path, f"was made with `{name}` {state.made_by.get(name)!r}, this run has {value!r}")
+    if state.pieces not in (0, pieces):
+        raise damaged(path, f"has a basis in {state.pieces} piece(s), this run has one in {pieces}")
+    if state.pieces == 0:
+        return state, None
+
+    path = _basis_path(folder, pieces, piece)
+    try:
+        with open_tensors(path) as (read, metadata, names):
+            if metadata.get("step") != str(step):
+                raise ValueError(f"is of step {metadata.get('step')}, not {step}")
+            return state, restore(read, names)
+    except ValueError as err:
+        raise damaged(path, err) from err
+
+
+def _read_state(path: str) -> RunState:
+    """Read a state file.
+
+    Raises:
+        ValueError: it is not what `save_state` writes.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except (OSError, ValueError) as err:
+        raise damaged(path, f"cannot be read ({err})")
+
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise damaged(path, "is of a format that this version of llamafactory-ogpsa does not know")
+    types = get_type_hints(RunState)
+    for name, expected in types.items():
+        if name not in content:
+            raise damaged(path, f"has no {name!r}")
+        if not isinstance(content[name], expected):
+            raise damaged(path, f"has {content[name]!r} for {name!r}")
+    return RunState(**{name: content[name] for name in types})

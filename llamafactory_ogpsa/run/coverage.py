@@ -1,0 +1,88 @@
+"""Which weights a run protects: those that have a direction in the subspace."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..engines import Engine
+
+
+# What a parameter is called in warnings, by the first of these that its name matches.
+_KINDS = (
+    (r"lora_A", "lora_A"),
+    (r"lora_B", "lora_B"),
+    (r"lora_magnitude", "DoRA magnitudes"),
+    (r"lora_embedding", "LoRA of embeddings"),
+    (r"visual|vision|image", "vision tower"),
+    (r"audio", "audio tower"),
+    (r"expert", "experts"),
+    (r"embed|wte|wpe", "embeddings"),
+    (r"lm_head|score|v_head", "output head"),
+    (r"norm|ln_", "norms"),
+    (r"bias$", "biases"),
+)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The tensors that have a direction, out of those that are trained.
+
+    Attributes:
+        tensors: how many have one.
+        total: how many there are.
+        elements: the share of the trainable elements in tensors that have one, from 0 to 1.
+        uncovered: the indices of those that have none.
+    """
+
+    tensors: int
+    total: int
+    elements: float
+    uncovered: tuple[int, ...]
+
+
+def find_coverage(covered: Sequence[bool], engine: Engine) -> Coverage:
+    """Count what a basis covers; every process calls it.
+
+    Args:
+        covered: for each tensor, whether it has a direction.
+        engine: where the gradients are.
+    """
+    sizes = [size if has else 0 for size, has in zip(engine.sizes, covered, strict=True)]
+    inside, everything = engine.processes.totals([float(sum(sizes)), float(sum(engine.sizes))])
+    uncovered = tuple(index for index, has in enumerate(covered) if not has)
+    return Coverage(sum(covered), len(covered), inside / everything, uncovered)
+
+
+def measure_uncovered(coverage: Coverage, engine: Engine) -> torch.Tensor | None:
+    """Measure the share of the squared gradient that lies in tensors without a direction; every process calls it.
+
+    Args:
+        coverage: the basis's.
+        engine: where the gradients are, before the projection.
+
+    Returns:
+        the share, float64, 0-dim; None where every tensor has a direction, so that there is nothing to measure.
+    """
+    if not coverage.uncovered:
+        return None
+
+    gradients = engine.gradients()
+    outside = set(coverage.uncovered)
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for index, gradient in enumerate(gradients):
+        if gradient is not None and gradient.numel() > 0:
+            squared = torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+            sums[0 if index in outside else 1] += squared
+    sums = engine.processes.sum_pieces(sums)
+    return torch.where(sums.sum() > 0, sums[0] / sums.sum(), 0.0)
+
+
+def name_kinds(names: Sequence[str]) -> str:
+    """Describe parameters by their kind, with how many there are of each: `21 lora_A, 2 norms`."""
+    counts: dict[str, int] = {}
+    for name in names:
+        kind = next((kind for pattern, kind in _KINDS if re.search(pattern, name)), "other weights")
+        counts[kind] = counts.get(kind, 0) + 1
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())

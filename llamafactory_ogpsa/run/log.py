@@ -1,0 +1,221 @@
+"""What a run logs: `ogpsa_log.jsonl`, the trackers' figures, and its messages."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..options import Settings
+from ..projection import ProjectionStats
+from ..reference import ReferenceSet, take_in_turn
+from .coverage import name_kinds
+from .schedule import count_refreshes
+
+
+if TYPE_CHECKING:
+    from .refresh import GradientBasis
+    from .run import Host
+
+
+LOG_NAME = "ogpsa_log.jsonl"
+PLOT_NAME = "training_ogpsa.png"
+
+# What `removed` may be, and at how many logged steps in a row it may be more, before a run is warned.
+_MOST_REMOVED = 0.99
+_MOST_REMOVED_STEPS = 5
+# The share of the squared gradient that may lie in tensors without a direction, and at how many logged steps in a row it
+# may be more, before a run is warned.
+_MOST_UNCOVERED = 0.05
+_MOST_UNCOVERED_STEPS = 2
+
+
+def read_log(path: str) -> list[dict[str, Any]]:
+    """Read a log; a last line that was cut off while it was written is left out.
+
+    Args:
+        path: the file; a missing one counts as empty.
+
+    Returns:
+        its rows.
+
+    Raises:
+        ValueError: a line other than the last is not JSON; names the file and the line.
+    """
+    if not os.path.exists(path):
+        return []
+
+    with open(path, encoding="utf-8") as f:
+        lines = f.read().split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as err:
+            raise ValueError(f"{path}, line {number}, is not JSON: {err}; fix the line, or move the file away")
+    return rows
+
+
+def begin_log(path: str, step: int, checkpoint: str | None = None) -> None:
+    """Start the log of a run that begins, or goes on, at `step`: drop the rows that the run will write again.
+
+    A refresh is logged with the step before it, a step after it; what a resumed run repeats is therefore every refresh
+    from `step` on and every row beyond it. Written to a temporary name first.
+
+    Args:
+        path: the log.
+        step: the optimizer steps taken.
+        checkpoint: what the run goes on from; the rows before it come from the log beside it, where there is one.
+    """
+    beside = path if checkpoint is None else os.path.join(os.path.dirname(os.path.abspath(checkpoint)), LOG_NAME)
+    rows = read_log(beside) if step > 0 and os.path.exists(beside) else []
+    rows = [row for row in rows if row["step"] < step + (0 if row.get("refresh") else 1)]
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def append_row(path: str, row: dict[str, Any]) -> None:
+    """Append one row, in one write."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def introduce(
+    logger: logging.Logger,
+    settings: Settings,
+    sets: Sequence[ReferenceSet],
+    host: "Host",
+    maker: "GradientBasis",
+    repeated: bool,
+) -> None:
+    """Log in one line what is on and what it will cost, and warn of what is probably not meant.
+
+    Args:
+        logger: where to.
+        settings: the options.
+        sets: the reference sets.
+        host: who trains.
+        maker: what makes the basis.
+        repeated: a refresh will be repeated, because LoRA starts at zero.
+    """
+    engine, steps = host.engine, host.max_steps
+    counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in sets]
+    refreshes = count_refreshes(steps, settings.update_interval, repeated)
+    cost = refreshes * sum(counts) / (steps * host.samples_per_step) if steps > 0 else 0.0
+    each = " in each process" if engine.processes.size > 1 else ""
+    described = ", ".join(f"{ref.name} ({count} samples)" for ref, count in zip(sets, counts, strict=True))
+    logger.info(
+        f"OGPSA is on: reference sets {described}; refreshed every K = {settings.update_interval} steps; "
+        f"rank {maker.rank}; scope {settings.scope}; method {settings.method}; "
+        f"{engine.num_parameters:,} trainable parameters in {len(engine.names)} tensors; "
+        f"basis {maker.num_bytes / 2**20:,.1f} MiB on {maker.device}{each}; "
+        f"expected cost {cost:.2f} reference samples per training sample."
+    )
+    if maker.follows_model and refreshes == 1 and steps > 1:
+        logger.warning(
+            f"OGPSA refreshes its basis once: the run has {steps} steps, `ogpsa_update_interval` is "
+            f"{settings.update_interval}. A smaller one follows the model as it changes."
+        )
+
+
+class StepLog:
+    """Makes the rows of logged steps, and warns, once, of a run that hardly learns or is partly unprotected.
+
+    Attributes:
+        idle_steps: logged steps in a row of whose gradients hardly anything was left.
+        uncovered_steps: logged steps in a row with much of the gradient in tensors without a direction.
+    """
+
+    def __init__(self, settings: Settings, names: Sequence[str], logger: logging.Logger | None) -> None:
+        """Start a log.
+
+        Args:
+            settings: the options.
+            names: the names of the reference sets.
+            logger: where warnings go; None in processes that do not log.
+        """
+        self._settings = settings
+        self._names = names
+        self._logger = logger
+        self._said: set[str] = set()
+        self.idle_steps = 0
+        self.uncovered_steps = 0
+
+    def make_row(
+        self,
+        step: int,
+        stats: ProjectionStats,
+        uncovered: torch.Tensor | None,
+        uncovered_names: Sequence[str],
+        update: dict[str, Any],
+        non_finite: int,
+    ) -> dict[str, Any]:
+        """Make the row of a logged step; reading the figures waits for the device.
+
+        Args:
+            step: the optimizer steps taken.
+            stats: the figures of the projection.
+            uncovered: the share of the squared gradient in tensors without a direction; None where there are none.
+            uncovered_names: those tensors.
+            update: the figures of the optimizer's step; see `update_figures`.
+            non_finite: gradients since the last logged step that were not projected.
+        """
+        row: dict[str, Any] = {"step": step, "removed": None, "residual": None}
+        row |= dict.fromkeys(("cosine", "projected_cosine") if stats.has_cosines else ())
+        if stats.finite:
+            row |= {"removed": stats.removed, "residual": stats.residual}
+            if stats.has_cosines:
+                row["cosine"] = dict(zip(self._names, stats.cosines, strict=True))
+                row["projected_cosine"] = dict(zip(self._names, stats.projected_cosines, strict=True))
+            row["uncovered"] = 0.0 if uncovered is None else uncovered.item()
+            row |= update
+            self._watch(row, uncovered_names)
+        if non_finite:
+            row["non_finite_steps"] = non_finite
+            self._warn(f"OGPSA did not project {non_finite} gradient(s): they held inf or NaN.")
+        return row
+
+    def tracked(self, row: dict[str, Any], reference_losses: dict[str, float]) -> dict[str, float]:
+        """Return what trackers show of a row, each figure under `ogpsa/`."""
+        figures = {}
+        for key, value in row.items():
+            if key in ("removed", "residual", "uncovered", "update_share") and value is not None:
+                figures[f"ogpsa/{key}"] = value
+            elif key.startswith("update_"):
+                figures |= {f"ogpsa/{key}/{name}": number for name, number in value.items()}
+        return figures | {f"ogpsa/reference_loss/{name}": loss for name, loss in reference_losses.items()}
+
+    def warn_no_update(self, optimizer: str) -> None:
+        """Say once that the change of the weights is not measured."""
+        if "update" not in self._said:
+            self._said.add("update")
+            self._warn(
+                f"OGPSA does not log what the optimizer's step does to the reference losses: {optimizer} is not of the "
+                "Adam family, and so many weights are trained that they are not copied."
+            )
+
+    def _warn(self, message: str) -> None:
+        if self._logger is not None:
+            self._logger.warning(message)
+
+    def _watch(self, row: dict[str, Any], uncovered_names: Sequence[str]) -> None:
+        if self.uncovered_steps < _MOST_UNCOVERED_STEPS and self._settings.method != "monitor":
+            self.uncovered_steps = self.uncovered_steps + 1 if row["uncovered"] > _MOST_UNCOVERED else 0
+            if self.uncovered_steps == _MOST_UNCOVERED_STEPS:
+                self._warn(
+                    f"OGPSA does not protect a part of the model: {row['uncovered']:.0%} of the squared gradient is in "
+                    f"tensors without a direction ({name_kinds(uncovered_names)}). The reference sets do not reach "
+                    "them; add a set that does, or do not train them."
+                )
+        if self.idle_steps < _MOST_REMOVED_STEPS and self._settings.method != "monitor":
+            self.idle_steps = self.idle_steps + 1 if row["removed"] > _MOST_REMOVED else 0
+            if self.idle_steps == _MOST_REMOVED_STEPS:
+                self._warn(
+                    f"OGPSA has removed more than {_MOST_REMOVED:.0%} of the gradient at {_MOST_REMOVED_STEPS} logged "
+                    "steps in a row: the run hardly learns. Are the `ogpsa_dataset` sets the training data? A lower "
+                    "`ogpsa_rank` or `ogpsa_method: conflict` leaves more."
+                )

@@ -1,0 +1,165 @@
+"""How a run makes the bases of scope `inputs`, and brings them back from a checkpoint."""
+
+from typing import Any
+
+import torch
+
+from ..engines import Engine
+from ..inputs import DEFAULT_RANK, InputSubspace, Protected, leading_directions
+from ..options import Settings
+from ..record import Recorder
+from ..reference import ReferencePasses
+from ..storage import Read
+from .placement import agree
+
+
+class InputBasis:
+    """Makes a basis of the reference inputs of every weight matrix, from forward passes alone.
+
+    LoRA's output is `B A x`. Where `B` is zero, as at the start, `A ← A − (A Vᵀ) V` changes nothing that the model does
+    and keeps reference inputs out of the adapter for good: `A`'s gradient is projected, so that `A x` stays zero for
+    them, and `B` may be anything. Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it
+    is, and `B`, whose inputs `A x` have as many dimensions as the adapter's rank, is protected by half of them.
+
+    Attributes:
+        rank: most directions of a matrix.
+        parts: reference passes for each set.
+        num_bytes: what the bases take at most in this process.
+        device: where they are.
+        sharded: False: every process has all bases.
+        follows_model: False: one refresh before the first step is a setting of its own.
+        repeats: False: inputs are there from the start.
+    """
+
+    parts = 1
+    sharded = False
+    follows_model = False
+    repeats = False
+
+    def __init__(self, settings: Settings, engine: Engine, model: torch.nn.Module) -> None:
+        """Look the matrices up; every process calls it."""
+        self._settings = settings
+        self._engine = engine
+        self._model = model
+        self.rank = settings.rank or DEFAULT_RANK
+        self.device, self.kernel = agree(engine, engine.device, settings.kernel)
+        self._shapes = [tuple(getattr(param, "ds_shape", param.shape)) for param in engine.parameters]
+        self._unreached: set[int] = set()
+        matrices = [shape for shape in self._shapes if len(shape) == 2]
+        self.num_bytes = sum(4 * min(self.rank, self._most(shape)) * shape[1] for shape in matrices)
+
+    def _most(self, shape: tuple[int, ...]) -> int:
+        """Return the most directions of a matrix: half of its inputs' dimensions, so that it can learn."""
+        return max(1, shape[1] // 2)
+
+    def compute(self, passes: ReferencePasses) -> tuple[InputSubspace, dict[str, float]]:
+        """Record the reference inputs at the current weights, and make bases of them.
+
+        Returns:
+            the subspace, and the reference losses by the name of the set.
+        """
+        recorder = Recorder(self._engine, self._model, sum(map(len, passes.indices)))
+        with recorder.recording():
+            losses = passes.run_forward(recorder.begin_batch, recorder.end_batch)
+        protected = self._protect(recorder)
+        subspace = self._wrap(protected)
+        if self._settings.method != "monitor" and self._keep_out(subspace):
+            subspace = self._wrap([self._release(index, item) for index, item in enumerate(protected)])
+        return subspace, losses
+
+    @torch.no_grad()
+    def _protect(self, recorder: Recorder) -> list[Protected]:
+        """Make the bases; every process gets the same."""
+        processes = self._engine.processes
+        protected = [Protected(frozen=len(shape) < 2) for shape in self._shapes]
+        for indices, rows in recorder.inputs():
+            rows = self._gather(rows)
+            directions = leading_directions(rows.to(self._engine.device), self.rank)
+            directions = processes.agree(directions)
+            for index in indices:
+                transposed = index in recorder.transposed
+                width = self._shapes[index][0 if transposed else 1]
+                own = directions[: max(1, width // 2)].contiguous()
+                protected[index] = Protected(own, transposed)
+        for index, seen in recorder.tokens.items():
+            if protected[index].basis is None:
+                seen = processes.sum(seen.to(torch.int32)) > 0
+                protected[index] = Protected(width=self._shapes[index][1], tokens=seen.to(self._engine.device))
+        return protected
+
+    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all processes."""
+        processes = self._engine.processes
+        if processes.size == 1:
+            return rows
+
+        counts = [0.0] * processes.size
+        counts[processes.rank] = float(len(rows))
+        counts = [int(count) for count in processes.totals(counts)]
+        start = sum(counts[: processes.rank])
+        table = torch.zeros(sum(counts), rows.shape[1], dtype=torch.float32)
+        table[start : start + len(rows)] = rows
+        return processes.sum(table)
+
+    def _adapters(self) -> dict[int, int]:
+        """Return the index of LoRA's `A` for each `B`."""
+        positions = {name: index for index, name in enumerate(self._engine.names)}
+        pairs = {name: name.replace("lora_B", "lora_A") for name in positions if "lora_B" in name}
+        return {positions[b]: positions[a] for b, a in pairs.items() if a in positions}
+
+    @torch.no_grad()
+    def _keep_out(self, subspace: InputSubspace) -> bool:
+        """Take the reference inputs' directions out of every `A` whose `B` is zero; return True where there is one."""
+        weights = self._engine.weights()
+        adapters = self._adapters()
+        zero = [float(weights[b] is None or not weights[b].part_of(weights[b].optimized).any()) for b in adapters]
+        everywhere = self._engine.processes.totals(zero)
+        size = self._engine.processes.size
+        fresh = {b for b, count in zip(adapters, everywhere, strict=True) if count == size}
+        self._unreached |= fresh
+        chosen = {adapters[b] for b in fresh}
+        pieces = [
+            weight.part_of(weight.optimized) if index in chosen and weight is not None else None
+            for index, weight in enumerate(weights)
+        ]
+        if chosen:
+            subspace.projection("orthogonal", self.kernel)(pieces)
+        return bool(fresh)
+
+    def _release(self, index: int, item: Protected) -> Protected:
+        return Protected(unreached=True) if index in self._unreached else item
+
+    def restore(self, read: Read, names: set[str]) -> InputSubspace:
+        """Make the bases of a checkpoint's tensors.
+
+        Raises:
+            ValueError: they are not this run's; the message continues the file's name.
+        """
+        positions = {name: index for index, name in enumerate(self._engine.names)}
+        foreign = {name for name in names if name.partition(".")[2] not in positions}
+        if foreign:
+            raise ValueError(f"has {min(foreign)!r}, a parameter that this run does not train")
+        protected = [Protected(frozen=len(shape) < 2) for shape in self._shapes]
+        for key in sorted(names):
+            kind, _, name = key.partition(".")
+            index, tensor = positions[name], read(key).to(self._engine.device)
+            shape = self._shapes[index]
+            if kind == "tokens":
+                protected[index] = Protected(width=shape[1], tokens=tensor.bool())
+            elif kind == "unreached":
+                self._unreached.add(index)
+                protected[index] = Protected(unreached=True)
+            else:
+                transposed = tensor.shape[1] != shape[-1]
+                if tensor.shape[1] != shape[0 if transposed else -1]:
+                    raise ValueError(f"has {tensor.shape[1]} inputs for {name}, this run {shape[-1]}")
+                protected[index] = Protected(tensor, transposed)
+        return self._wrap(protected)
+
+    def _wrap(self, protected: list[Protected]) -> InputSubspace:
+        engine = self._engine
+        return InputSubspace(engine.names, protected, engine.sizes, engine.device, engine.offsets, engine.processes)
+
+    def made_by(self) -> dict[str, Any]:
+        """Return the options that the bases depend on for what they are, and not only for how good they are."""
+        return {"ogpsa_rank": self.rank, "ogpsa_scope": self._settings.scope}

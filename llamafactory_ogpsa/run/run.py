@@ -1,0 +1,335 @@
+"""One training run: the events of a trainer in, projected gradients and a log out. Needs no trainer."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..engines import Engine
+from ..inputs import InputStats, InputSubspace
+from ..noise import check_repeatable, preserve_random_state, without_noise
+from ..options import Settings
+from ..projection import ProjectionStats
+from ..reference import ReferencePasses, ReferenceSet, take_in_turn
+from ..subspace import Subspace
+from .checkpoint import RunState, fail_together, load_state, remove_state, save_state
+from .coverage import Coverage, find_coverage, measure_uncovered
+from .log import LOG_NAME, PLOT_NAME, StepLog, append_row, begin_log, introduce
+from .plot import plot_log
+from .refresh import GradientBasis
+from .refresh_inputs import InputBasis
+from .schedule import Schedule
+from .update import make_change_reader, update_figures
+
+
+# LLaMA-Factory's own logger shows everything below its name, in the terminal and in the web UI.
+logger = logging.getLogger("llamafactory.ogpsa")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a run knows of whoever trains.
+
+    Attributes:
+        engine: where the gradients are.
+        model: the bare model.
+        output_dir: where the log goes.
+        max_steps: the optimizer steps of the run.
+        samples_per_step: the training samples of an optimizer step, over all processes.
+        main: whether this process logs and writes.
+        show_progress: whether this process shows progress bars.
+    """
+
+    engine: Engine
+    model: torch.nn.Module
+    output_dir: str
+    max_steps: int
+    samples_per_step: int
+    main: bool
+    show_progress: bool
+
+
+class OgpsaRun:
+    """Keeps the subspace of a run up to date, projects its gradients, and logs what that did.
+
+    Call `begin`; for each optimizer step `before_step`, `project` and `after_step`, and `figures` where it is logged;
+    `save` for each checkpoint; and `end`. Every process calls everything.
+
+    Attributes:
+        subspace: the current basis; None before the first refresh and when training has ended.
+        schedule: when it is computed anew.
+    """
+
+    def __init__(self, settings: Settings, sets: Sequence[ReferenceSet]) -> None:
+        """Prepare a run.
+
+        Args:
+            settings: the options.
+            sets: the tokenised reference sets.
+        """
+        self.settings = settings
+        self.sets = sets
+        self.names = [reference.name for reference in sets]
+
+    def begin(self, host: Host, step: int = 0, checkpoint: str | None = None) -> None:
+        """Log what is on, take over what a checkpoint holds, and start the log.
+
+        Args:
+            host: who trains.
+            step: the optimizer steps taken, above 0 where training resumes.
+            checkpoint: the folder of the checkpoint that it resumes from.
+
+        Raises:
+            ValueError: the checkpoint's state is damaged or belongs to another run.
+        """
+        self.host, self.engine = host, host.engine
+        self.subspace: Subspace | InputSubspace | None = None
+        self.coverage: Coverage | None = None
+        self.reference_losses: dict[str, float] = {}
+        self._noise_checked = False
+        self._stats: ProjectionStats | InputStats | None = None
+        self._uncovered: torch.Tensor | None = None
+        self._read_changes: Any = None
+        self._update: dict[str, Any] = {}
+        self._non_finite: torch.Tensor | None = None
+        self._step_log = StepLog(self.settings, self.names, logger if host.main else None)
+        if self.settings.scope == "inputs":
+            self._maker = InputBasis(self.settings, self.engine, host.model)
+        else:
+            self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
+        self.schedule = Schedule(self.settings.update_interval, searching=self._maker.repeats)
+        repeated = self._maker.repeats and self._starts_at_zero()
+        if host.main:
+            introduce(logger, self.settings, self.sets, host, self._maker, repeated)
+        if checkpoint is not None:
+            self._resume(step, checkpoint)
+        if host.main:
+            os.makedirs(host.output_dir, exist_ok=True)
+            begin_log(self.log_path, step, checkpoint)
+
+    @property
+    def log_path(self) -> str:
+        """Where the figures of the run are written."""
+        return os.path.join(self.host.output_dir, LOG_NAME)
+
+    def before_step(self, step: int, batch_size: int) -> None:
+        """Refresh the basis where it is due; see `Schedule`.
+
+        Args:
+            step: the optimizer steps taken.
+            batch_size: samples a reference batch, unless `ogpsa_batch_size` says otherwise.
+        """
+        if self.schedule.is_due(step):
+            self._refresh(step, batch_size)
+
+    def _refresh(self, step: int, batch_size: int) -> None:
+        """Make a new basis at the current weights.
+
+        Leaves random state, dropout, gradients, optimizer, scheduler and data order as they were.
+
+        Raises:
+            FloatingPointError: a reference set gives no finite gradient; names the set.
+            RuntimeError: reference passes are not free of noise; names the module.
+        """
+        start = time.perf_counter()
+        if self.host.main:
+            logger.info(f"OGPSA refresh at step {step}.")
+        turn = step // self.settings.update_interval
+        indices = [take_in_turn(len(ref.samples), self.settings.refresh_samples, turn) for ref in self.sets]
+        self.subspace = None
+        with ExitStack() as stack:
+            stack.enter_context(preserve_random_state(self.engine.processes.device))
+            stack.enter_context(without_noise(self.host.model))
+            self._check_noise()
+            bar = tqdm(desc="OGPSA refresh", unit="batch", leave=False, disable=not self.host.show_progress)
+            progress = stack.enter_context(bar)
+            passes = ReferencePasses(
+                self.sets,
+                indices,
+                self.settings.batch_size or batch_size,
+                self.engine,
+                self._maker.parts,
+                lambda: progress.update(),
+            )
+            progress.reset(total=passes.num_batches)
+            self.subspace, self.reference_losses = self._maker.compute(passes)
+        self._cover()
+        self.schedule.refreshed(step, self.coverage.tensors, self.coverage.total)
+        if self.host.main:
+            append_row(
+                self.log_path,
+                {
+                    "step": step,
+                    "refresh": True,
+                    "reference_loss": self.reference_losses,
+                    "rank": self.subspace.rank,
+                    "covered_tensors": self.coverage.tensors,
+                    "trainable_tensors": self.coverage.total,
+                    "covered_elements": self.coverage.elements,
+                    "seconds": round(time.perf_counter() - start, 4),
+                },
+            )
+
+    def _cover(self) -> None:
+        self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
+
+    def _check_noise(self) -> None:
+        """Check, once a run, that a reference pass is free of noise."""
+        if self._noise_checked:
+            return
+
+        self._noise_checked = True
+        for reference in self.sets:
+            weight = max(1.0, reference.loss.weigh(reference.read([0])))
+
+            def loss(reference=reference, weight=weight) -> torch.Tensor:
+                return reference.loss(reference.collate(reference.read([0])), weight, weight)
+
+            check_repeatable(self.host.model, loss, self.engine.processes.totals)
+
+    def project(
+        self, max_norm: float | None, measure: bool, optimizer: torch.optim.Optimizer | None = None
+    ) -> ProjectionStats | InputStats:
+        """Project the accumulated gradient, in place, and clip it to `max_norm`; the figures are kept for the log.
+
+        Args:
+            max_norm: the norm to clip to; None: not here.
+            measure: whether this step is logged: only then is measured what takes more than the projection.
+            optimizer: what steps the weights afterwards, without wrappers; needed where the step is logged.
+        """
+        engine, method = self.engine, self.settings.method
+        if self.settings.scope == "global" and method != "monitor":
+            # A direction over all parameters is removed as a whole, also from those that this step does not reach.
+            engine.fill()
+        self._uncovered = measure_uncovered(self.coverage, engine) if measure else None
+        projection = self.subspace.projection(method, self._maker.kernel)
+        stats = projection(engine.gradients(), max_norm, measure=measure)
+        if method != "monitor":
+            engine.projected()
+        failed = (~stats.finite_tensor).long()
+        self._non_finite = failed if self._non_finite is None else self._non_finite + failed
+        self._stats = stats
+        if measure:
+            self._read_changes = make_change_reader(engine, optimizer)
+            if self._read_changes is None:
+                self._step_log.warn_no_update(type(optimizer).__name__)
+        return stats
+
+    def after_step(self, moved: bool) -> None:
+        """Measure what the optimizer did, where the step is logged.
+
+        Args:
+            moved: False where the optimizer step changed no weight: learning rate zero, or skipped by the scaler.
+        """
+        self.schedule.stepped(moved)
+        read_changes, self._read_changes, self._update = self._read_changes, None, {}
+        if read_changes is not None and moved:
+            with torch.no_grad():
+                self._update = update_figures(self.subspace, read_changes(), self.names)
+
+    def figures(self, step: int) -> dict[str, float]:
+        """Read the figures of the last step, write them to the log, and return them for the trackers.
+
+        Args:
+            step: the optimizer steps taken.
+
+        Returns:
+            the figures, each under `ogpsa/`; nothing before the first step.
+        """
+        if self._stats is None:
+            return {}
+
+        non_finite = int(self._non_finite.item())
+        uncovered = [self.engine.names[index] for index in self.coverage.uncovered]
+        row = self._step_log.make_row(step, self._stats, self._uncovered, uncovered, self._update, non_finite)
+        self._stats, self._non_finite, self._update = None, None, {}
+        if self.host.main:
+            append_row(self.log_path, row)
+        return self._step_log.tracked(row, self.reference_losses)
+
+    def _starts_at_zero(self) -> bool:
+        """Return True where LoRA's `B` is zero, and with it the gradient of `A`; every process calls it."""
+        weights = zip(self.engine.names, self.engine.weights(), strict=True)
+        adapters = [weight for name, weight in weights if "lora_B" in name and weight is not None and weight.size > 0]
+        zero = sum(not bool(weight.part_of(weight.optimized).any()) for weight in adapters)
+        return self.engine.processes.totals([float(zero)])[0] > 0
+
+    def _made_by(self) -> dict[str, Any]:
+        return {"ogpsa_dataset": self.names, "ogpsa_loss": self.settings.loss, **self._maker.made_by()}
+
+    def save(self, folder: str, step: int, writes: bool) -> None:
+        """Write what a resumed run needs to go on exactly into a checkpoint.
+
+        The basis is left out where the next step makes a new one anyway.
+
+        Args:
+            folder: the checkpoint's.
+            step: the optimizer steps taken.
+            writes: whether this process writes what all processes have.
+        """
+        if not self.settings.save_state:
+            if writes:
+                remove_state(folder)
+            return
+
+        state = RunState(
+            step=step,
+            refreshed_at=self.schedule.refreshed_at,
+            moved=self.schedule.moved,
+            searching=self.schedule.searching,
+            covered=self.schedule.covered,
+            non_finite_steps=0 if self._non_finite is None else int(self._non_finite.item()),
+            idle_steps=self._step_log.idle_steps,
+            uncovered_steps=self._step_log.uncovered_steps,
+            reference_losses=self.reference_losses,
+            made_by=self._made_by(),
+        )
+        save_state(folder, state, None if self.schedule.is_due(step) else self.subspace, self.engine, writes)
+
+    def _resume(self, step: int, checkpoint: str) -> None:
+        """Go on with what the checkpoint holds; where it holds no basis, with a new one, and log that."""
+        stored, reason = None, "`ogpsa_save_state` is false"
+        if self.settings.save_state:
+            error = None
+            try:
+                stored = load_state(
+                    checkpoint, step, self._made_by(), self.engine, self._maker.sharded, self._maker.restore
+                )
+            except ValueError as err:
+                error = err
+            fail_together(self.engine, error)
+            reason = f"{checkpoint} holds no basis"
+
+        if stored is not None:
+            state, self.subspace = stored
+            for name in ("refreshed_at", "moved", "searching", "covered"):
+                setattr(self.schedule, name, getattr(state, name))
+            self.reference_losses = state.reference_losses
+            self._step_log.idle_steps, self._step_log.uncovered_steps = state.idle_steps, state.uncovered_steps
+            self._non_finite = torch.tensor(state.non_finite_steps, device=self.engine.device)
+            if self.subspace is not None:
+                self._cover()
+                if self.host.main:
+                    logger.info(f"OGPSA goes on at step {step} with the basis of step {state.refreshed_at}.")
+        due = step % self.settings.update_interval == 0 or (stored is not None and self.schedule.is_due(step))
+        if self.subspace is None and not due:
+            self.schedule.refreshed_at = None
+            if self.host.main:
+                logger.warning(f"OGPSA recomputes its basis at step {step}, where training resumes: {reason}.")
+
+    def end(self) -> None:
+        """Draw the plot and give the basis's memory back."""
+        self.subspace = None
+        if self.settings.plot and self.host.main:
+            path = os.path.join(self.host.output_dir, PLOT_NAME)
+            try:
+                if plot_log(self.log_path, path):
+                    print("Figure saved at:", path)
+            except Exception as err:  # the weights are saved after this: no picture is worth them
+                logger.warning(f"OGPSA could not draw {path}: {err}")

@@ -1,0 +1,69 @@
+"""When a run computes a new basis."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Schedule:
+    """The refresh schedule of a run: every K optimizer steps, starting before the first, and sooner where that helps.
+
+    A tensor may have no reference gradient at the first refresh although it gets one later: the gradient of LoRA's `A`
+    is zero while `B` is, and `B` stays zero while the learning rate is (warm-up) and while the scaler skips steps. So
+    a refresh is repeated before the first step whose weights are others than the last refresh saw, as long as tensors
+    without a direction are left. What bounds it: a repeated refresh that gives no further tensor a direction is the
+    last repeated one of the run.
+
+    Attributes:
+        interval: K, in optimizer steps.
+        refreshed_at: the step of the last refresh; None before the first.
+        moved: True where an optimizer step has changed weights since then.
+        searching: True while some tensor has no direction and may still get one.
+        covered: the most tensors with a direction after any refresh.
+    """
+
+    interval: int
+    refreshed_at: int | None = None
+    moved: bool = False
+    searching: bool = True
+    covered: int = 0
+
+    def is_due(self, step: int) -> bool:
+        """Return True where the step after `step` optimizer steps begins with a refresh.
+
+        A step that is begun twice (an epoch's remainder carried over, the second time with gradients) refreshes once.
+        """
+        if step == self.refreshed_at:
+            return False
+        return self.refreshed_at is None or step % self.interval == 0 or (self.searching and self.moved)
+
+    def refreshed(self, step: int, covered: int, tensors: int) -> None:
+        """Record a refresh.
+
+        Args:
+            step: the optimizer steps taken.
+            covered: the tensors that have a direction now.
+            tensors: all trainable tensors.
+        """
+        fruitless = self.moved and self.refreshed_at is not None and covered <= self.covered
+        self.searching = self.searching and covered < tensors and not fruitless
+        self.covered = max(self.covered, covered)
+        self.refreshed_at, self.moved = step, False
+
+    def stepped(self, moved: bool) -> None:
+        """Record an optimizer step.
+
+        Args:
+            moved: False where it changed no weight: learning rate zero, or skipped by the gradient scaler.
+        """
+        self.moved = self.moved or moved
+
+
+def count_refreshes(steps: int, interval: int, repeated: bool) -> int:
+    """Return the refreshes that a run of so many optimizer steps will make.
+
+    Args:
+        steps: the optimizer steps of the run.
+        interval: K.
+        repeated: one is expected to be repeated, because some trainable tensors are zero (LoRA's `B`).
+    """
+    return -(-steps // interval) + int(repeated and steps > 1 and interval > 1)

@@ -1,0 +1,134 @@
+r"""What an optimizer step did to the reference losses, to first order.
+
+The projection makes the gradient orthogonal to the reference gradients. What the optimizer then does is its own: SGD
+without momentum and weight decay steps along the gradient, AdamW divides it by a running root mean square, remembers
+earlier gradients, and decays the weights. For the change of the weights `ΔW` in one step this module measures
+
+- `update_share`, `‖U Uᵀ ΔW‖ / ‖ΔW‖`: the share of the change that lies in the protected subspace;
+- `update_cosine`, `⟨ΔW, r_d⟩ / (‖ΔW‖ ‖r_d‖)` for each reference set `d`;
+- `update_loss_change`, `⟨ΔW, r_d⟩`: what the change does to the reference loss, to first order.
+
+`ΔW` comes from a copy of the weights where few are trainable, else from Adam's state, tensor by tensor, so that no
+second copy of a whole model is ever held.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ..engines import Engine, Weight
+from ..geometry import ratio
+
+
+# The most trainable elements of a process that are copied: 256 MiB in float32.
+MOST_COPIED = 1 << 26
+
+# Optimizers whose step follows from `exp_avg` and `exp_avg_sq`, with the attribute that says whether weight decay is
+# decoupled (True and False where the class decides).
+_ADAMS = {
+    "AdamW": True,
+    "Adam": "decoupled_weight_decay",
+    "FusedAdam": "adam_w_mode",
+    "DeepSpeedCPUAdam": "adam_w_mode",
+}
+
+# Yields the index of a tensor and the change of its weights, float32 `[size]`.
+Changes = Iterator[tuple[int, torch.Tensor]]
+
+
+def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Callable[[], Changes] | None:
+    """Prepare to read the change that the next optimizer step makes; every process calls it, before the step.
+
+    Args:
+        engine: where the weights are.
+        optimizer: the optimizer that steps them, without wrappers.
+
+    Returns:
+        a function to call after the step; None where the change cannot be had: many weights are trainable, and the
+        optimizer is not one of the Adam family.
+    """
+    weights = engine.weights()
+    elements = sum(weight.size for weight in weights if weight is not None)
+    if engine.processes.totals([elements])[0] <= MOST_COPIED * engine.processes.size:
+        before = [None if weight is None else weight.part_of(weight.optimized).clone() for weight in weights]
+        return lambda: _differences(weights, before)
+
+    decoupled = _ADAMS.get(type(optimizer).__name__)
+    if isinstance(decoupled, str):
+        groups = optimizer.param_groups
+        decoupled = getattr(optimizer, decoupled, None) or any(group.get(decoupled) for group in groups)
+    if decoupled is None or any(group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups):
+        return None
+
+    settings = [
+        None if weight is None else dict(optimizer.param_groups[_group_of(weight, optimizer)]) for weight in weights
+    ]
+    return lambda: _adam_changes(weights, settings, optimizer.state, bool(decoupled))
+
+
+def _differences(weights: list[Weight | None], before: list[torch.Tensor | None]) -> Changes:
+    for index, (weight, old) in enumerate(zip(weights, before, strict=True)):
+        if weight is not None:
+            yield index, weight.part_of(weight.optimized).float() - old.float()
+
+
+def _group_of(weight: Weight, optimizer: torch.optim.Optimizer) -> int:
+    """Return the index of the optimizer's parameter group that steps a weight."""
+    if weight.group is not None:
+        return weight.group
+    return next(
+        index
+        for index, group in enumerate(optimizer.param_groups)
+        if any(param is weight.optimized for param in group["params"])
+    )
+
+
+def _adam_changes(
+    weights: list[Weight | None], settings: list[dict[str, Any] | None], state: dict, decoupled: bool
+) -> Changes:
+    r"""Yield the changes of a step of Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019).
+
+    With `m`, `v` the state after the step, bias-corrected, `W` the weights after it, and `η`, `λ`, `ε` those of the
+    step: `ΔW = −η m / (√v + ε) − η λ W₀`, where `W₀ = (W + η m / (√v + ε)) / (1 − η λ)` are the weights before it and
+    the last term is there with decoupled decay only.
+    """
+    for index, (weight, group) in enumerate(zip(weights, settings, strict=True)):
+        moments = None if weight is None else state.get(weight.optimized)
+        if not moments or weight.size == 0:
+            continue  # the optimizer has not stepped it: it had no gradient
+
+        rate, (beta1, beta2) = float(group["lr"]), group["betas"]
+        steps = float(moments["step"] if "step" in moments else group["step"])
+        corrected = group.get("bias_correction", True)
+        first, second = (1 - beta1**steps, 1 - beta2**steps) if corrected else (1.0, 1.0)
+        m = weight.part_of(moments["exp_avg"]).float()
+        v = weight.part_of(moments["exp_avg_sq"]).float()
+        change = m.mul(-rate / first).div_((v / second).sqrt_().add_(group["eps"]))
+        decay = rate * group["weight_decay"] if decoupled else 0.0
+        if decay:
+            old = (weight.part_of(weight.optimized).float() - change) / (1 - decay)
+            change.sub_(old, alpha=decay)
+        yield index, change
+
+
+def update_figures(subspace: Any, changes: Changes, names: list[str]) -> dict[str, Any]:
+    """Measure a change of the weights; see the top of this module.
+
+    Args:
+        subspace: the run's; its `measure` gives the coefficients of the change.
+        changes: the change.
+        names: the names of the reference sets.
+
+    Returns:
+        the figures by their names in the log; for a change of zero they are 0.
+    """
+    coefficients, squared_norm = subspace.measure(changes)
+    norm = squared_norm.sqrt()
+    figures: dict[str, Any] = {"update_share": ratio(coefficients.square().sum().sqrt(), norm).item()}
+    geometry = subspace.geometry
+    if geometry is not None:
+        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
+        figures["update_cosine"] = dict(zip(names, ratio(overlap, norm).tolist(), strict=True))
+        figures["update_loss_change"] = dict(zip(names, (overlap * geometry.norms).tolist(), strict=True))
+    return figures
