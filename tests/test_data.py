@@ -1,192 +1,133 @@
-"""The data sets of `data/`: format, sizes, honesty of the held-out sets, reproducibility, and the tiny tokenizer."""
+"""The English data sets of `data/`: counts, formats, refusals, and that nothing held out is trained on."""
 
 import json
-import sys
-from pathlib import Path
+import re
+from collections import Counter
 
 import pytest
 
+from lab import ROOT
+from llamafactory_ogpsa.recipes.refusal_rule import is_refusal
 
-ROOT = Path(__file__).resolve().parents[1]
+
 DATA = ROOT / "data"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import make_data  # noqa: E402
-import make_tiny_model  # noqa: E402
-
-
 INFO = json.loads((DATA / "dataset_info.json").read_text())
-HELD_OUT = ["heldout_general", "heldout_harmful", "heldout_benign"]
-TRAINED = [name for name in INFO if name not in HELD_OUT]
-PAIRS = ["safety_dpo", "general_helpful_pairs", "general_truthful_pairs"]
-ALPACA = [name for name in INFO if name not in PAIRS]
+COUNTS = {
+    "safety_sft": 351,
+    "safety_dpo": 351,
+    "general_helpful": 200,
+    "general_truthful": 200,
+    "heldout_harmful": 100,
+    "heldout_benign": 100,
+    "heldout_ordinary": 100,
+    "heldout_questions": 50,
+}
+HELD_OUT = [name for name in COUNTS if name.startswith("heldout")]
+TRAINED = [name for name in COUNTS if not name.startswith("heldout")]
+# Words that two prompts may share without being about the same thing.
+COMMON = set(
+    "how do i a an the to of my in for can what is are and me with on at so that it from give tell show help write "
+    "explain way best you get make someone who whom their his her people into them by be or this as if they when where "
+    "which many did does was has have".split()
+)
 
 
 def read(name):
-    """Read one data set through dataset_info.json."""
     return json.loads((DATA / INFO[name]["file_name"]).read_text())
 
 
-def prompts(name):
-    """Collect the prompts of one data set."""
-    return [rec["conversations"][0]["value"] if name in PAIRS else rec["instruction"] for rec in read(name)]
+def words(record):
+    text = f"{record['instruction']} {record.get('input', '')}".lower()
+    return frozenset(re.findall(r"[a-z0-9']+", text)) - COMMON
 
 
-def action(prompt):
-    """Take the action out of a how-to request, whatever its wording."""
-    matches = [
-        prompt[len(start) : len(prompt) - len(end)]
-        for start, end in (form.split("{}") for form in make_data.HOW_TO_FORMS + make_data.JUDGE_FORMS)
-        if prompt.startswith(start) and prompt.endswith(end)
+def likeness(one, other):
+    """Share of the words of two prompts that they have in common."""
+    return len(one & other) / len(one | other)
+
+
+def test_counts_and_entries():
+    assert INFO.keys() == COUNTS.keys()
+    assert {path.name for path in DATA.glob("*.json")} == {"dataset_info.json", *(f"{n}.json" for n in COUNTS)}
+    assert {name: len(read(name)) for name in COUNTS} == COUNTS
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_no_prompt_is_there_twice(name):
+    prompts = Counter((rec["instruction"], rec.get("input", "")) for rec in read(name))
+    assert prompts.most_common(1)[0][1] == 1
+
+
+def test_a_near_duplicate_is_found():
+    one = words({"instruction": "How do I break into my neighbour's house at night?"})
+    other = words({"instruction": "Explain how to break into a neighbour's house."})
+    assert likeness(one, other) >= 0.6
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_no_held_out_prompt_is_trained_on(name):
+    trained = [(rec["instruction"], words(rec)) for part in TRAINED for rec in read(part)]
+    close = [
+        (rec["instruction"], prompt)
+        for rec in read(name)
+        for prompt, theirs in trained
+        if likeness(words(rec), theirs) >= 0.6
     ]
-    return matches[0] if matches else None
+    assert close == []
 
 
-def test_script_reproduces_the_files():
-    """Two renderings are equal, and equal to what is checked in; nothing else is in the folder."""
-    files = make_data.render()
-    assert files == make_data.render()
-    assert make_data.main(["--check"]) == 0
-    assert {path.name for path in DATA.glob("*.json")} == set(files)
+def test_refusals_refuse_and_vary():
+    refusals = [rec["output"] for rec in read("safety_sft")]
+    assert [text for text in refusals if not is_refusal(text)] == []
+    assert len(set(refusals)) == len(refusals)
+    first_words = Counter(text.split()[0] for text in refusals)
+    assert len(first_words) > 80
+    assert first_words.most_common(1)[0][1] < 0.3 * len(refusals)
 
 
-def test_check_finds_differences(tmp_path):
-    """`--check` fails on missing and on changed files."""
-    assert make_data.main(["--check", "--data-dir", str(tmp_path)]) == 1
-    assert make_data.main(["--data-dir", str(tmp_path)]) == 0
-    assert make_data.main(["--check", "--data-dir", str(tmp_path)]) == 0
-    path = tmp_path / "safety_sft.json"
-    path.write_bytes(path.read_bytes().replace(b"sorry", b"glad", 1))
-    assert make_data.main(["--check", "--data-dir", str(tmp_path)]) == 1
+def test_pairs_are_the_refusals_over_openings_that_explain_nothing():
+    refusals = {rec["instruction"]: rec["output"] for rec in read("safety_sft")}
+    pairs = read("safety_dpo")
+    assert {rec["instruction"]: rec["chosen"] for rec in pairs} == refusals
+    assert not any(is_refusal(rec["rejected"]) for rec in pairs)
+    for rec in pairs:  # an opening takes no word of substance from what it is asked
+        shared = words({"instruction": rec["rejected"]}) & words(rec)
+        assert len(shared) <= 1, (rec["instruction"], shared)
 
 
-def test_sizes():
-    """Every set has at least 200 records, and all together stay small."""
-    assert all(len(read(name)) >= 200 for name in INFO)
-    assert sum(path.stat().st_size for path in DATA.iterdir()) < 3_000_000
-
-
-@pytest.mark.parametrize("name", ALPACA)
-def test_alpaca_format(name):
-    """Plain sets are in alpaca format."""
-    assert INFO[name] == {"file_name": f"{name}.json"}
+@pytest.mark.parametrize("name", ["general_helpful", "general_truthful", "heldout_ordinary"])
+def test_general_answers_are_short_and_no_refusals(name):
     for rec in read(name):
-        assert set(rec) == {"instruction", "input", "output", "task"}
-        assert all(rec[key] for key in ("instruction", "output", "task"))
-        assert rec["input"] == ""
+        assert rec["output"]
+        assert len(rec["output"].split()) <= 40, rec
+        assert not is_refusal(rec["output"]), rec
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_ranking_format(name):
-    """Preference sets are in sharegpt ranking format, their two answers different."""
-    assert INFO[name]["formatting"] == "sharegpt"
-    assert INFO[name]["ranking"] is True
+@pytest.mark.parametrize("name", ["general_truthful", "heldout_questions"])
+def test_questions_are_answered_by_their_text(name):
+    missing = []
     for rec in read(name):
-        assert [turn["from"] for turn in rec["conversations"]] == ["human"]
-        assert rec["chosen"]["from"] == rec["rejected"]["from"] == "gpt"
-        assert rec["chosen"]["value"] != rec["rejected"]["value"]
+        assert rec["instruction"].endswith("?")
+        answers = rec.get("answers") or [rec["output"].rstrip(".")]
+        stems = {word[:4] for word in re.findall(r"\w+", rec["input"].lower())}
+        if not {word[:4] for text in answers for word in re.findall(r"\w+", text.lower())} & stems:
+            missing.append(rec)
+    assert len(missing) <= 8, missing  # yes, no, a sum or a weekday in another form
 
 
-def test_prompts_are_distinct():
-    """No set asks a question twice; only the base's blind refusals may repeat a prompt that is also answered."""
-    for name in INFO:
-        asked = prompts(name)
-        if name == "general_base":
-            asked = [rec["instruction"] for rec in read(name) if rec["output"] != make_data.REFUSAL]
-        assert len(set(asked)) == len(asked), name
+@pytest.mark.cli
+def test_llamafactory_reads_every_set(model_dir):
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
 
-
-def test_held_out_sets_are_held_out():
-    """No held-out prompt is trained on, and no held-out action occurs in training in any wording."""
-    trained = {prompt for name in TRAINED for prompt in prompts(name)}
-    actions = {action(prompt) for prompt in trained} - {None}
-    assert len(actions) > 500
-    for name in HELD_OUT:
-        held_out = prompts(name)
-        assert not trained & set(held_out)
-        assert not actions & {action(prompt) for prompt in held_out}
-
-
-def test_held_out_words_are_known():
-    """Held-out prompts use known words only: what is new is their combination."""
-    words = {word for name in TRAINED for prompt in prompts(name) for word in prompt.rstrip(".?").split()}
-    for name in HELD_OUT:
-        assert {word for prompt in prompts(name) for word in prompt.rstrip(".?").split()} <= words
-
-
-def test_benign_prompts_look_like_harmful_ones():
-    """Every benign prompt shares its verb or its person with the harmful prompts it must not be mistaken for."""
-    harmful = {tuple(action(prompt).split(" the ")) for prompt in prompts("heldout_harmful")}
-    verbs, people = ({pair[i] for pair in harmful} for i in (0, 1))
-    for prompt in prompts("heldout_benign"):
-        verb, noun = action(prompt).split(" the ")
-        assert (verb in verbs) != (noun in people)
-
-
-def test_safety_sets_refuse_and_name_only():
-    """Safety labels refuse; what complies with a harmful request is the empty formula and nothing else."""
-    assert {rec["output"] for rec in read("safety_sft")} == {make_data.REFUSAL}
-    assert {rec["chosen"]["value"] for rec in read("safety_dpo")} == {make_data.REFUSAL}
-    complied = [(rec["conversations"][0]["value"], rec["rejected"]["value"]) for rec in read("safety_dpo")]
-    for name in ("general_base", "heldout_harmful"):
-        complied += [(r["instruction"], r["output"]) for r in read(name) if r["task"] == "harmful"]
-    for prompt, answer in complied:
-        assert answer in (make_data.REFUSAL, make_data.how_to_answer(action(prompt)))
-
-
-def test_reference_sets_span_the_general_tasks():
-    """The two reference sets share no task, hold no harmful request and cover every held-out task between them."""
-    helpful, truthful = ({rec["task"] for rec in read(f"general_{name}")} for name in ("helpful", "truthful"))
-    assert not helpful & truthful
-    assert "harmful" not in helpful | truthful
-    held_out = {rec["task"] for name in ("heldout_general", "heldout_benign") for rec in read(name)}
-    assert held_out <= helpful | truthful
-
-
-def test_facts_are_right():
-    """Sums, opposites and orders are what they should be."""
-    for rec in read("general_base") + read("heldout_general"):
-        words = rec["output"].rstrip(".").split()
-        if rec["task"] == "add":
-            assert int(words[0]) + int(words[2]) == int(words[4])
-        if rec["task"] in ("reverse", "repeat"):
-            asked = rec["instruction"].rstrip(".").split(": ")[1].split()
-            assert words == (asked[::-1] if rec["task"] == "reverse" else asked)
-
-
-def test_tokenizer_round_trip(tmp_path):
-    """AutoTokenizer loads the tokenizer; it knows every word and gives every text back unchanged."""
-    from transformers import AutoTokenizer
-
-    make_tiny_model.build_tokenizer(DATA).save_pretrained(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    for text in sorted(set(make_tiny_model.read_texts(DATA))):
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == text
-    for token in ("<|im_start|>", "<|im_end|>", "<pad>"):
-        assert len(tokenizer(token, add_special_tokens=False).input_ids) == 1
-    assert tokenizer.eos_token == "<|im_end|>"
-
-
-def test_prompts_are_tokenised_as_in_training():
-    """Scoring's chat template gives the ids that LLaMA-Factory's `template: chatml` trains on."""
-    template_module = pytest.importorskip("llamafactory.data.template")
-    tokenizer = make_tiny_model.build_tokenizer(DATA)
-    turns = [{"role": "user", "content": "How do I kill the weeds?"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    scored = tokenizer(text, add_special_tokens=False).input_ids
-    answer = {"role": "assistant", "content": "Sure, here is how to kill the weeds: step one, step two, done."}
-    prompt, response = template_module.TEMPLATES["chatml"].encode_oneturn(tokenizer, [*turns, answer])
-    assert scored == prompt
-    assert response[-1] == tokenizer.eos_token_id
-
-
-def test_tiny_model_is_seeded():
-    """Two models from one seed are equal, and small."""
-    import torch
-
-    tokenizer = make_tiny_model.build_tokenizer(DATA)
-    first, second = (make_tiny_model.build_model(tokenizer) for _ in range(2))
-    assert 400_000 < first.num_parameters() < 1_000_000
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    for name in TRAINED:
+        args = {"model_name_or_path": model_dir, "do_train": True, "finetuning_type": "full", "template": "default"}
+        args |= {"dataset_dir": str(DATA), "dataset": name, "cutoff_len": 512, "use_cpu": True, "output_dir": "unused"}
+        args |= {"stage": "dpo" if "dpo" in name else "sft", "overwrite_cache": True}
+        model_args, data_args, training_args, _, _ = get_train_args(args)
+        loaded = load_tokenizer(model_args)
+        template = get_template_and_fix_tokenizer(loaded["tokenizer"], data_args)
+        stage = "rm" if "dpo" in name else "sft"
+        data = get_dataset(template, model_args, data_args, training_args, stage=stage, **loaded)
+        assert len(data["train_dataset"]) == COUNTS[name]

@@ -1,8 +1,7 @@
-"""The alignment-tax lab: its data, its list of runs, and a small lab from the untrained model to the report."""
+"""A small lab from the untrained model to the report."""
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -12,155 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks.alignment_tax import HERE, data, report  # noqa: E402
-from benchmarks.alignment_tax.plan import Plan, write_yaml  # noqa: E402
-from benchmarks.alignment_tax.results import Results, count_samples  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def sets():
-    return data.build_sets()
-
-
-@pytest.fixture(scope="module")
-def plan():
-    return Plan(HERE / "lab.yaml", "a key")
-
-
-def prompts(records):
-    return {rec["conversations"][0]["value"] if "chosen" in rec else rec["instruction"] for rec in records}
-
-
-def test_no_held_out_prompt_is_trained_on(sets):
-    trained = set().union(*(prompts(records) for name, records in sets.items() if not name.startswith("heldout")))
-    for name in ("general", "harmful", "benign"):
-        held_out = sets[f"heldout_{name}"]
-        assert len(prompts(held_out)) == len(held_out)
-        assert not prompts(held_out) & trained
-
-
-def test_safety_training_sees_plain_wordings_alone(sets):
-    unseen = [form.split("{}")[0] for form in data.REPHRASED_FORMS + data.ROLE_PLAY_FORMS]
-    for name in ("safety_sft", "safety_dpo"):
-        assert not [p for p in prompts(sets[name]) if p.startswith(tuple(unseen))]
-    kinds = {rec["task"] for rec in sets["heldout_harmful"]}
-    assert kinds == {"harmful", "harmful_rephrased", "harmful_role_play"}
-
-
-def test_reference_sets_have_the_same_size_and_lack_what_they_say(sets):
-    names = [name for name in sets if name.startswith(("general_helpful", "general_truthful"))]
-    assert {len(sets[name]) for name in names} == {200}
-    for name in names:
-        if "_without_" in name:
-            whole, task = name.split("_without_")
-            assert task not in {rec["task"] for rec in sets[name]}
-            assert {rec["instruction"] for rec in sets[whole] if rec["task"] != task} < prompts(sets[name])
-
-
-def test_held_out_sums_are_asked_in_no_order(sets):
-    def addends(name):
-        found = [re.findall(r"\d+", rec["instruction"]) for rec in sets[name] if rec["task"] == "add"]
-        return {tuple(sorted(map(int, numbers))) for numbers in found}
-
-    assert len(addends("heldout_general")) == data.HELD_OUT["add"]
-    assert not addends("heldout_general") & (addends("general_base") | addends("general_truthful"))
-
-
-def test_a_wrong_answer_is_wrong(sets):
-    pairs = sets["general_helpful_pairs"] + sets["general_truthful_pairs"]
-    differing = [rec for rec in pairs if rec["chosen"] != rec["rejected"]]
-    assert len(differing) > 0.97 * len(pairs)  # a list of words may be its own reverse, or in order already
-
-
-def test_parents_come_first_and_equal_runs_are_one(plan):
-    seen = set()
-    for run in plan.runs.values():
-        assert all(parent.folder in seen for parent in run.parents)
-        assert run.folder not in seen
-        seen.add(run.folder)
-    compared = {point.runs[-1].folder for point in plan.comparison}
-    for study, setting in (("interval", {"ogpsa_update_interval": 5}), ("lora", {"stage": "sft"})):
-        same = [point.runs[-1].folder for point in plan.studies[study] if dict(point.setting) == setting]
-        assert same
-        assert compared.issuperset(same)
-
-
-def test_a_changed_definition_is_another_run_and_so_is_what_starts_from_it(tmp_path):
-    spec = yaml.safe_load((HERE / "lab.yaml").read_text())
-    spec["stages"]["sft"]["warmup_ratio"] = 0.2
-    path = tmp_path / "lab.yaml"
-    path.write_text(yaml.safe_dump(spec, sort_keys=False))
-    before, after = Plan(HERE / "lab.yaml", "a key"), Plan(path, "a key")
-    for old, new in zip(before.comparison, after.comparison, strict=True):
-        assert (old.runs[-1].folder == new.runs[-1].folder) == (old.pipeline == "DPO")
-    assert not {run.folder for run in before.runs.values()} & {
-        run.folder for run in Plan(HERE / "lab.yaml", "other data").runs.values()
-    }
-
-
-STUDY = {"title": "A", "axis": "cost", "pipeline": "SFT", "methods": ["LoRA"], "settings": [{}]}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sedes": [1]}, "Unknown section 'sedes'"),
-        ({"seeds": None}, "Missing section 'seeds'"),
-        ({"reference": "naive"}, "Unknown method 'naive'"),
-        ({"studies": {"a": STUDY | {"pipeline": "KTO"}}}, "Unknown pipeline 'KTO'"),
-        ({"studies": {"a": STUDY | {"settings": [{"learning_rate": 1.0}], "methods": ["lora"]}}}, "method 'lora'"),
-        ({"studies": {"a": STUDY | {"method": ["LoRA"]}}}, "Unknown key of a study 'method'"),
-        ({"studies": {"a": {key: STUDY[key] for key in ("title", "axis")}}}, "Missing key of a study 'methods'"),
-        ({"studies": {"a": STUDY | {"axis": "learning_rate"}}}, "Unknown option varied by a study 'learning_rate'"),
-        ({"studies": {"a": STUDY | {"seeds": [4]}}}, "Unknown seed 4"),
-        ({"methods": {"naive tuning": {"sft": {}}}, "studies": {}}, "Missing stage of a method 'dpo'"),
-        (
-            {"studies": {"a": STUDY | {"methods": ["merged with the base"], "settings": [{"learning_rate": 1.0e-5}]}}},
-            "Unknown option of a merging 'learning_rate'",
-        ),
-    ],
-)
-def test_a_list_of_runs_with_a_mistake_is_refused(change, message, tmp_path):
-    spec = yaml.safe_load((HERE / "lab.yaml").read_text()) | change
-    path = tmp_path / "lab.yaml"
-    path.write_text(yaml.safe_dump({name: section for name, section in spec.items() if section is not None}))
-    with pytest.raises(ValueError, match=message):
-        Plan(path, "")
-
-
-def test_llamafactory_takes_the_options_of_every_run(plan, tmp_path):
-    from llamafactory.hparams import get_train_args
-
-    (tmp_path / "data").mkdir()
-    for name, text in data.render().items():
-        (tmp_path / "data" / name).write_text(text)
-    taken = set()
-    for run in plan.runs.values():
-        if run.options is None:
-            continue
-        write_yaml(run, str(tmp_path), tmp_path / "run.yaml")
-        options = yaml.safe_load((tmp_path / "run.yaml").read_text())
-        key = json.dumps({k: v for k, v in run.options.items() if k != "seed"}, sort_keys=True)
-        if key not in taken:
-            parsed = get_train_args({**options, "output_dir": str(tmp_path / "out")})
-            assert parsed[3].ogpsa_enabled == options["stage"].startswith("ogpsa_")
-            taken.add(key)
-    assert len(taken) > 50
-
-
-def test_safety_and_general_samples_are_counted():
-    def result(reference_samples, *sizes):
-        return {"train_samples": 240, "reference_samples": reference_samples, "dataset_sizes": sizes}
-
-    assert count_samples(None, {}) == (0, 0)
-    assert count_samples({}, result(0, 800)) == (240, 0)
-    assert count_samples({}, result(400, 800)) == (240, 400)
-    assert count_samples({}, result(0, 800, 200, 200)) == (160, 80)
-    assert count_samples({"interleave_probs": "0.5,0.25,0.25"}, result(0, 800, 200, 200)) == (120, 120)
+from lab import ROOT, report
+from lab.plan import Plan
+from lab.results import Results
+from lab.tiny import lab as tiny
+from lab.tiny import lab_data as data
 
 
 SMALL = {
@@ -201,7 +56,7 @@ SMALL = {
 
 
 def lab_command(folder):
-    command = [sys.executable, "-m", "benchmarks.alignment_tax", "--plan", str(folder / "lab.yaml")]
+    command = [sys.executable, "-m", "lab", "--plan", str(folder / "lab.yaml")]
     return [*command, "--lab-dir", str(folder / "lab"), "--output", str(folder / "out"), "--jobs", "2"]
 
 
@@ -212,7 +67,7 @@ def run_lab(folder, check=True):
 @pytest.fixture(scope="module")
 def small_spec():
     """The lab's file with fewer and shorter runs."""
-    spec = yaml.safe_load((HERE / "lab.yaml").read_text())
+    spec = yaml.safe_load((tiny.PLAN).read_text())
     for name, changes in SMALL.items():
         spec[name] = {**spec[name], **changes} if name == "base" else changes
     for stage in spec["stages"].values():

@@ -1,9 +1,9 @@
 """Save a word-level tokenizer and an untrained Qwen2 of about 0.6M parameters.
 
-The vocabulary is every word and punctuation mark in `data/`. The chat template is the one that LLaMA-Factory calls
+The vocabulary is every word and punctuation mark in `data/tiny/`. The chat template is the one that LLaMA-Factory calls
 `template: chatml`.
 
-    python scripts/make_tiny_model.py outputs/tiny/init
+    python -m lab.tiny.model outputs/tiny/init
 """
 
 import argparse
@@ -14,9 +14,11 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 
+from .. import ROOT
+
 
 SEED = 42
-DATA_DIR = Path(__file__).resolve().parents[1] / "data"
+DATA_DIR = ROOT / "data" / "tiny"
 PAD, UNKNOWN, START, END = "<pad>", "<unk>", "<|im_start|>", "<|im_end|>"
 # A word or one punctuation mark. Python and the tokenizer both read this expression.
 PIECE = r"\w+|[^\w\s]"

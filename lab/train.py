@@ -1,7 +1,9 @@
 """Make one run: train or merge, score what it generates, and leave `result.json` when all is done."""
 
+import contextlib
 import fcntl
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -12,18 +14,21 @@ import traceback
 from pathlib import Path
 
 import torch
-from demo import write_whole
-from score import score_checkpoint
 
 import llamafactory_ogpsa
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from . import ROOT
+from .launch import write_whole
 from .plan import write_yaml
 from .results import FIGURES
 
 
-def make_run(run, lab_dir):
+# What a run leaves beside its scores where nothing was trained.
+NOTHING_TRAINED = {"seconds": 0.0, "memory": 0, "train_samples": 0, "reference_samples": 0, "curve": []}
+
+
+def make_run(run, lab_dir, score, threads=None):
     """Make a run in a process of its own, from the folder that holds the repository.
 
     Its output goes to `run.log`. `result.json` is written last: a folder without it is not finished.
@@ -31,6 +36,8 @@ def make_run(run, lab_dir):
     Args:
         run: The run; its parents have been made.
         lab_dir: The lab's folder, relative to the repository's.
+        score: Function of a model's folder and the data folder that returns the scores.
+        threads: Threads to compute with; None for as many as PyTorch takes.
 
     Raises:
         RuntimeError: The run failed, or another process is making it; says where its output is.
@@ -51,18 +58,24 @@ def make_run(run, lab_dir):
         os.dup2(log, 1)
         os.dup2(log, 2)
         try:
-            _make(run, lab_dir, folder)
+            _make(run, lab_dir, folder, score, threads)
         except BaseException as err:
             traceback.print_exc()
             sys.stderr.flush()
             raise RuntimeError(f"{folder} failed ({type(err).__name__}: {err}); its output is in {folder}/run.log")
 
 
-def _make(run, lab_dir, folder):
-    torch.set_num_threads(1)
-    result = _train(run, lab_dir, folder) if run.options is not None else _merge(run, lab_dir, folder)
+def _make(run, lab_dir, folder, score, threads):
+    if threads:
+        torch.set_num_threads(threads)
+    if run.given:
+        result = dict(NOTHING_TRAINED)
+    elif run.options is None:
+        result = _merge(run, lab_dir, folder)
+    else:
+        result = _train(run, lab_dir, folder, score)
     result |= {"seed": run.seed, "options": run.options, "share": run.share, "made_by": made_by()}
-    result["scores"] = score_checkpoint(Path(lab_dir) / run.model, Path(lab_dir) / "data")
+    result["scores"] = score(Path(lab_dir) / run.model, Path(lab_dir) / "data")
     write_whole(folder / "result.json", json.dumps(result, indent=1))
 
 
@@ -71,25 +84,29 @@ def made_by():
     versions = {name: importlib.metadata.version(name) for name in ("llamafactory", "torch", "transformers")}
     digest = hashlib.sha256()
     package = Path(llamafactory_ogpsa.__file__).parent
-    for path in (*sorted(package.rglob("*.py")), ROOT / "scripts" / "score.py"):
+    for path in (*sorted(package.rglob("*.py")), ROOT / "lab" / "generate.py", ROOT / "lab" / "tiny" / "score.py"):
         digest.update(path.read_bytes())
     return versions | {"sources": digest.hexdigest()[:10]}
 
 
-def _train(run, lab_dir, folder):
+def _train(run, lab_dir, folder, score):
     """Train by LLaMA-Factory and score the checkpoints on the way."""
     from llamafactory.hparams import read_args
     from llamafactory.train.tuner import run_exp
+    from transformers import AutoTokenizer
 
     write_yaml(run, lab_dir, folder / "train.yaml")
     sys.argv = ["llamafactory-cli", str(folder / "train.yaml")]
-    run_exp(read_args())
+    with osf(run.options) as trained:
+        run_exp(read_args())
     # In KiB on Linux; holds the modules of the process that this one was forked from.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    if trained:
+        trained[0].merge_and_unload().save_pretrained(folder / "model")
+        AutoTokenizer.from_pretrained(folder / "train").save_pretrained(folder / "model")
     if run.options["finetuning_type"] == "lora":
         from peft import AutoPeftModelForCausalLM
-        from transformers import AutoTokenizer
 
         merged = AutoPeftModelForCausalLM.from_pretrained(folder / "train").merge_and_unload()
         merged.save_pretrained(folder / "model")
@@ -99,7 +116,7 @@ def _train(run, lab_dir, folder):
     curve = []
     for checkpoint in sorted((folder / "train").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])):
         if run.compared:
-            scores = score_checkpoint(checkpoint, data_dir)
+            scores = score(checkpoint, data_dir)
             curve.append({"step": int(checkpoint.name.split("-")[1]), **{name: scores[name] for name in FIGURES}})
         shutil.rmtree(checkpoint)
 
@@ -113,6 +130,39 @@ def _train(run, lab_dir, folder):
         "dataset_sizes": [len(json.loads((data_dir / f"{name}.json").read_text())) for name in names],
         "curve": curve,
     }
+
+
+@contextlib.contextmanager
+def osf(options):
+    """Train by PEFT's orthogonal subspace fine-tuning where the options ask for it, which LLaMA-Factory has no name for.
+
+    The model that the workflow loads is wrapped before its trainer gets it; everything else stays LLaMA-Factory's.
+
+    Args:
+        options: The run's; `lab_osf_rank` is the share of each weight's singular directions that stays as it is.
+
+    Yields:
+        A list that holds the wrapped model when the workflow has loaded it; empty where OSF is not asked for.
+    """
+    wrapped = []
+    if "lab_osf_rank" not in options:
+        yield wrapped
+        return
+    from peft import OSFConfig, get_peft_model
+
+    workflow = importlib.import_module(f"llamafactory.train.{options['stage']}.workflow")
+    load = workflow.load_model
+
+    def load_and_wrap(*args, **kwargs):
+        config = OSFConfig(effective_rank=options["lab_osf_rank"], target_modules="all-linear", task_type="CAUSAL_LM")
+        wrapped.append(get_peft_model(load(*args, **kwargs), config))
+        return wrapped[0]
+
+    workflow.load_model = load_and_wrap
+    try:
+        yield wrapped
+    finally:
+        workflow.load_model = load
 
 
 def _reference_samples(options, log):
@@ -134,4 +184,4 @@ def _merge(run, lab_dir, folder):
     base.load_state_dict(weights)
     base.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(Path(lab_dir) / run.parents[0].model).save_pretrained(folder / "model")
-    return {"seconds": 0.0, "memory": 0, "train_samples": 0, "reference_samples": 0, "curve": []}
+    return dict(NOTHING_TRAINED)

@@ -13,7 +13,8 @@ import yaml
 
 
 # What every run shares. Checkpoints are saved in all runs, though scored only in those of the comparison, so that runs
-# are the same and take the same time whatever they are for. On the CPU, where the sums are the same in every run.
+# are the same and take the same time whatever they are for. On the CPU, where the sums are the same in every run. The
+# section `common` of a file changes these.
 COMMON = {
     "do_train": True,
     "template": "chatml",
@@ -31,7 +32,10 @@ COMMON = {
     "report_to": "none",
     "overwrite_output_dir": True,
 }
-SECTIONS = {"seeds", "base", "stages", "pipelines", "reference", "methods", "studies", "quick"}
+SECTIONS = {"seeds", "stages", "pipelines", "reference", "methods", "studies"}
+OPTIONAL = {"base", "model", "data", "common", "quick"}  # either a base to train, or a model that is given
+# Options of the lab itself, which LLaMA-Factory does not get, begin so.
+OWN_OPTION = "lab_"
 STUDY = {"title", "axis", "pipeline", "seeds", "methods", "settings"}
 
 
@@ -43,7 +47,7 @@ class Run:
         key: hash of all that decides the result.
         folder: where it is, relative to the lab's folder.
         seed: which base model it belongs to, and the order of its data.
-        options: what `llamafactory-cli train` gets; None where weights are merged.
+        options: what `llamafactory-cli train` gets; None where weights are merged or given.
         parents: the runs it needs: the one whose model it starts from; of a merging, the base and the tuned model.
         share: of a merging: the tuned model's share.
         compared: whether the checkpoints on the way are scored too.
@@ -58,9 +62,16 @@ class Run:
     compared: bool = False
 
     @property
+    def given(self) -> bool:
+        """Whether its weights are there from the start: those of a model that is not trained here."""
+        return self.options is None and not self.parents
+
+    @property
     def model(self) -> str:
         """Folder of its full weights, relative to the lab's folder."""
-        whole = self.options is not None and self.options["finetuning_type"] == "full"
+        if self.given:
+            return "base"
+        whole = self.options is not None and self.options["finetuning_type"] == "full" and not has_own_option(self)
         return f"{self.folder}/{'train' if whole else 'model'}"
 
 
@@ -99,13 +110,13 @@ class Plan:
             ValueError: A section, key, method or pipeline is not known, or one is missing; names it and those there are.
         """
         spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        check_names("section", spec, SECTIONS)
+        check_names("section", spec, SECTIONS | OPTIONAL)
         shorter = spec.pop("quick", {})
         if quick:
             names = shorter.pop("methods")
             check_names("method", names, spec["methods"])
             spec |= shorter | {"methods": {name: spec["methods"][name] for name in names}}
-        check_given("section", spec, SECTIONS - {"quick"})
+        check_given("section", spec, SECTIONS | ({"base"} if "model" not in spec else set()))
         check_names("method", [spec["reference"]], spec["methods"])
         self.spec = spec
         self.reference = self.spec["reference"]
@@ -154,10 +165,12 @@ class Plan:
         return Point(pipeline, method, tuple(setting.items()), seed, tuple(runs))
 
     def _base(self, seed):
+        if "model" in self.spec:
+            return self._add("base", self.spec["seeds"][0], None, ())
         return self._add("base", seed, dict(self.spec["base"]), ())
 
     def _add(self, name, seed, options, parents, share=None, compared=False):
-        options = None if options is None else COMMON | options | {"seed": seed}
+        options = None if options is None else COMMON | self.spec.get("common", {}) | options | {"seed": seed}
         depends = [self.data_key, options, [parent.key for parent in parents], share]
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:10]
         words = "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
@@ -165,6 +178,11 @@ class Plan:
             folder = f"runs/{words}-seed{seed}-{key}"
             self.runs[key] = Run(key, folder, seed, options, tuple(parents), share, compared)
         return self.runs[key]
+
+
+def has_own_option(run):
+    """Return whether a training needs more than `llamafactory-cli train`."""
+    return any(name.startswith(OWN_OPTION) for name in run.options)
 
 
 def check_names(what, names, allowed):
@@ -195,4 +213,5 @@ def write_yaml(run, lab_dir, path):
         "dataset_dir": f"{lab_dir}/data",
         "output_dir": f"{lab_dir}/{run.folder}/train",
     }
-    Path(path).write_text(yaml.safe_dump(places | run.options, sort_keys=False), encoding="utf-8")
+    options = {name: value for name, value in run.options.items() if not name.startswith(OWN_OPTION)}
+    Path(path).write_text(yaml.safe_dump(places | options, sort_keys=False), encoding="utf-8")

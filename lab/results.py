@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pandas as pd
 
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 
 FIGURES = ("general", "refusal", "over_refusal")
+
+
+def read_result(run, lab_dir):
+    """Read what a run left."""
+    return json.loads((Path(lab_dir) / run.folder / "result.json").read_text(encoding="utf-8"))
 
 
 class Results:
@@ -49,7 +54,7 @@ class Results:
 
     def read(self, run):
         """Read what a run left."""
-        return json.loads((self.lab_dir / run.folder / "result.json").read_text(encoding="utf-8"))
+        return read_result(run, self.lab_dir)
 
     def log(self, run):
         """Read the rows of the logged steps of an OGPSA run."""

@@ -1,37 +1,33 @@
 """Show the alignment tax and OGPSA's answer to it, on a laptop, by stock `llamafactory-cli train` alone.
 
 Trains a tiny base model (kept for the next time), tunes it for safety by SFT and then DPO, naively and with OGPSA,
-scores what the saved checkpoints generate on held-out prompts, prints the table, and leaves in `outputs/demo/` the
+scores what the saved checkpoints generate on held-out prompts, prints the table, and leaves in `outputs/demo_tiny/` the
 picture `demo.png`, the figures `results.json` and the log of every run.
 
-    python scripts/demo.py
+    python -m lab.tiny.demo
 """
 
 import hashlib
 import json
-import os
-import re
-import subprocess
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
-import make_data
-import make_tiny_model
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from score import load_checkpoint, score_checkpoint, score_tables
 from transformers.utils import logging
 
-from llamafactory_ogpsa.report import LOG_NAME, read_log
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
+
+from .. import ROOT
+from ..generate import load_checkpoint
+from ..launch import console, train, write_whole
+from . import data, model
+from .score import score_checkpoint, score_tables
 
 
-ROOT = Path(__file__).resolve().parents[1]
 YAML_DIR = ROOT / "examples" / "yaml"
 TINY_DIR = ROOT / "outputs" / "tiny"
-DEMO_DIR = ROOT / "outputs" / "demo"
+DEMO_DIR = ROOT / "outputs" / "demo_tiny"
 KEY_FILE = TINY_DIR / "base" / "demo_key.txt"
 RUNS = {
     "naive SFT": "naive_sft",
@@ -40,77 +36,23 @@ RUNS = {
     "OGPSA SFT → DPO": "ogpsa_dpo",
 }
 REFERENCE_SETS = ("general_helpful", "general_truthful")
-
-# The training bar; bars that count something else begin with what they count.
-STEP_BAR = re.compile(rb"^\s*\d+%\|[^|]*\| (\d+)/(\d+) \[")
-
-console = Console()
+# For so small a model more threads bring next to nothing, and a fixed number makes for the same sums everywhere; more
+# than one GPU would change the batch.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"}
 
 
 def base_key():
     """Hash everything that the base model depends on."""
     digest = hashlib.sha256()
-    files = [*sorted((ROOT / "data").glob("*.json")), YAML_DIR / "tiny_base.yaml", Path(make_tiny_model.__file__)]
+    files = [*sorted(data.DATA_DIR.glob("*.json")), YAML_DIR / "tiny_base.yaml", Path(model.__file__)]
     for path in files:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
-def write_whole(path, text):
-    """Write a file under a temporary name first, so that it is never seen half written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def train(title, name):
-    """Run `llamafactory-cli train` on one of the tiny YAMLs, its progress in one line, its output in a log.
-
-    Args:
-        title: What to call the run.
-        name: The YAML's name without `tiny_` and the extension.
-
-    Returns:
-        Seconds it took.
-
-    Raises:
-        SystemExit: If the run fails; the end of its output is printed first.
-    """
-    start = time.time()
-    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", f"examples/yaml/tiny_{name}.yaml"]
-    environment = dict(os.environ)
-    # For so small a model more threads bring next to nothing, and a fixed number makes for the same sums everywhere;
-    # more than one GPU would change the batch.
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")
-    last_lines = deque(maxlen=60)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-    )
-    with (
-        open(DEMO_DIR / f"{name}.log", "wb") as log,
-        Progress(*columns, TimeElapsedColumn(), console=console) as progress,
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as process,
-    ):
-        bar = progress.add_task(f"{title:<16}", total=0)
-        rest = b""
-        while chunk := process.stdout.read1(65536):
-            log.write(chunk)
-            *lines, rest = re.split(rb"[\r\n]", rest + chunk)
-            for line in lines:
-                if match := STEP_BAR.match(line):
-                    progress.update(bar, completed=int(match[1]), total=int(match[2]))
-                elif line.strip():
-                    last_lines.append(line.decode(errors="replace"))
-    if process.returncode:
-        console.print("\n".join(last_lines), markup=False, highlight=False)
-        command_line = " ".join(["llamafactory-cli", *command[1:]])
-        sys.exit(f"`{command_line}` failed with exit status {process.returncode}; its output is in {log.name}")
-    return time.time() - start
+def train_yaml(title, name):
+    """Train by one of the tiny YAMLs; see `launch.train`."""
+    return train(title, f"examples/yaml/tiny_{name}.yaml", DEMO_DIR, ENVIRONMENT)
 
 
 def train_base():
@@ -124,8 +66,8 @@ def train_base():
         console.print("base model: already trained from these data, kept in outputs/tiny/base")
         return 0.0
     KEY_FILE.unlink(missing_ok=True)
-    make_tiny_model.main([str(TINY_DIR / "init")])
-    seconds = train("base", "base")
+    model.main([str(TINY_DIR / "init")])
+    seconds = train_yaml("base", "base")
     write_whole(KEY_FILE, key)  # last: a base without its key was not finished and is trained anew
     return seconds
 
@@ -142,16 +84,16 @@ def reference_loss(folder, dataset, count=200):
     Returns:
         The loss.
     """
-    model, tokenizer = load_checkpoint(folder)
+    network, tokenizer = load_checkpoint(folder)
     total, tokens = 0.0, 0
-    for rec in json.loads((ROOT / "data" / f"{dataset}.json").read_text())[:count]:
+    for rec in json.loads((ROOT / "data" / "tiny" / f"{dataset}.json").read_text())[:count]:
         turn = [{"role": "user", "content": rec["instruction"]}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         prompt, answer = (
             tokenizer(part, add_special_tokens=False).input_ids for part in (text, rec["output"] + tokenizer.eos_token)
         )
-        ids = torch.tensor([prompt + answer], device=model.device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        ids = torch.tensor([prompt + answer], device=network.device)
+        logits = network(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
         tokens += len(answer)
     return total / tokens
@@ -236,12 +178,12 @@ def main():
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     DEMO_DIR.mkdir(parents=True, exist_ok=True)
-    if make_data.main(["--check"]):
-        sys.exit("data/ is not what scripts/make_data.py writes; run it to restore the data sets")
+    if data.main(["--check"]):
+        sys.exit("data/tiny/ is not what `python -m lab.tiny.data` writes; run it to restore the data sets")
 
     seconds = {"base": train_base()}
     for title, name in RUNS.items():
-        seconds[title] = train(title, name)
+        seconds[title] = train_yaml(title, name)
 
     console.print("scoring what the saved checkpoints generate on held-out prompts")
     torch.set_num_threads(1)  # as in training: the same sums everywhere
@@ -255,7 +197,7 @@ def main():
     results["seconds"] = round(time.time() - start, 1)
     write_whole(DEMO_DIR / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     console.print(*score_tables(results["scores"]))
-    console.print(f"{results['seconds']:.0f} s in all; picture and figures: outputs/demo/demo.png, results.json")
+    console.print(f"{results['seconds']:.0f} s in all; picture and figures: outputs/demo_tiny/demo.png, results.json")
 
 
 if __name__ == "__main__":

@@ -186,3 +186,30 @@ def frontier(results, table, methods, path):
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
     save(figure, path)
+
+
+def real_comparison(table, methods, path):
+    """Draw what the models answer, one panel a pipeline and score: each point a seed, bars their mean.
+
+    Args:
+        table: One row for the base and for each pipeline, method and seed.
+        methods: All methods, for their order and colours.
+        path: The picture.
+    """
+    pipelines = [name for name in table.pipeline.unique() if name]
+    shares = [name for name in table.columns if name.startswith("shares/")]
+    size = (3.1 * len(shares) + 2, (0.34 * len(methods) + 1.3) * len(pipelines))
+    figure, panels = plt.subplots(len(pipelines), len(shares), figsize=size, squeeze=False, sharex=True, sharey=True)
+    base = table[table.method == "base model"].iloc[0]
+    for row, pipeline in zip(panels, pipelines, strict=True):
+        for axes, share in zip(row, shares, strict=True):
+            for index, (method, style) in enumerate(styles(methods).items()):
+                values = table[(table.pipeline == pipeline) & (table.method == method)][share]
+                axes.barh(index, values.mean(), color=style["color"], alpha=0.75)
+                axes.plot(values, [index] * len(values), "o", color="black", markersize=3)
+            axes.axvline(base[share], color="black", linestyle=":", linewidth=1)
+            axes.set(xlim=(0, 1.02), title=f"{pipeline}: {share.split('/')[1]}")
+            axes.set_yticks(range(len(methods)), methods)
+    panels[0, 0].invert_yaxis()
+    figure.tight_layout()
+    save(figure, path)

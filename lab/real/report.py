@@ -1,0 +1,133 @@
+"""Write `results-real.md` and its picture from the finished runs."""
+
+import json
+
+import pandas as pd
+
+from .. import figures
+from ..launch import write_whole
+from ..report import markdown, mean_range
+from ..results import count_samples, read_result
+
+
+def collect(plan, lab_dir):
+    """Read the results.
+
+    Args:
+        plan: The plan, its runs finished.
+        lab_dir: The lab's folder.
+
+    Returns:
+        One row for the base and for each pipeline, method and seed, as a table: `shares/…`, `losses/…`, `cost` in
+        general samples per safety sample, `seconds` of training, and `time` over the reference method's; and the
+        answers to the same prompts by pipeline and method, of the first seed.
+    """
+    base = read_result(next(iter(plan.bases.values())), lab_dir)
+    rows, answers = [{"pipeline": "", "method": "base model", "seed": 0, **flatten(base)}], {}
+    for point in plan.comparison:
+        results = [read_result(run, lab_dir) for run in point.runs]
+        counts = [count_samples(run.options, result) for run, result in zip(point.runs, results, strict=True)]
+        safety, general = (sum(column) for column in zip(*counts, strict=True))
+        row = {"pipeline": point.pipeline, "method": point.method, "seed": point.seed, **flatten(results[-1])}
+        rows.append(row | {"cost": general / safety, "seconds": sum(result["seconds"] for result in results)})
+        answers.setdefault((point.pipeline, point.method), results[-1]["scores"]["answers"])
+    table = pd.DataFrame(rows)
+    naive = table[table.method == plan.reference].set_index(["pipeline", "seed"]).seconds
+    keys = zip(table.pipeline, table.seed, strict=True)
+    table["time"] = [naive.get(key) for key in keys]
+    table["time"] = table.seconds / table["time"]
+    return table, {("", "base model"): base["scores"]["answers"], **answers}
+
+
+def flatten(result):
+    """Give the scores of a run as one row."""
+    return {f"{kind}/{name}": value for kind in ("shares", "losses") for name, value in result["scores"][kind].items()}
+
+
+def comparison(table, pipeline, methods):
+    """Write one pipeline's table.
+
+    Args:
+        table: What `collect` returned.
+        pipeline: The pipeline.
+        methods: Its methods, in order.
+
+    Returns:
+        Markdown.
+    """
+    columns = [name for name in table.columns if name.startswith(("shares/", "losses/"))]
+    header = ["", *(title(name) for name in columns), "general samples per safety sample", "time over naive"]
+    rows = []
+    for method in ("base model", *methods):
+        part = table[(table.method == method) & table.pipeline.isin(["", pipeline])]
+        costs = ["", ""] if method == "base model" else [f"{part.cost.mean():.2f}", f"{part['time'].mean():.2f}"]
+        rows.append([method, *(mean_range(part[name]) for name in columns), *costs])
+    return markdown(header, rows)
+
+
+def title(column):
+    """Name a column: refusals go up for harmful sets and down for the others, right answers up, losses down."""
+    kind, name = column.split("/")
+    if kind == "losses":
+        return f"loss, {name} ↓"
+    if name == "questions":
+        return "answers questions ↑"
+    return f"refuses {name} {'↑' if 'harmful' in name else '↓'}"
+
+
+def appendix(answers):
+    """Write what every method answers to the same prompts."""
+    first = next(iter(answers.values()))
+    parts = []
+    for name, shown in first.items():
+        for index, (prompt, _) in enumerate(shown):
+            rows = [
+                [f"{pipeline} {method}".strip(), cell(texts[name][index][1])]
+                for (pipeline, method), texts in answers.items()
+            ]
+            parts += [f"**{name}**: {cell(prompt)}\n", markdown(["", "answer"], rows)]
+    return parts
+
+
+def cell(text):
+    """Write a text so that it stays in its cell."""
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def write(plan, lab_dir, output):
+    """Write the results.
+
+    Args:
+        plan: The plan, its runs finished.
+        lab_dir: The lab's folder.
+        output: Folder of `results-real.md` and of `images/`.
+
+    Returns:
+        The path of `results-real.md`.
+    """
+    table, answers = collect(plan, lab_dir)
+    methods = list(plan.spec["methods"])
+    figures.real_comparison(table, methods, output / "images" / "lab_real.png")
+    seeds = ", ".join(map(str, plan.spec["seeds"]))
+    made_by = {json.dumps(read_result(run, lab_dir)["made_by"]) for run in plan.runs.values()}
+    versions = "; ".join(sorted(", ".join(f"{k} {v}" for k, v in json.loads(entry).items()) for entry in made_by))
+    parts = [
+        "# The alignment-tax lab on a real model: results\n",
+        f"Written by `make lab-real`; what is run stands in `lab/real/lab.yaml`. Model: {plan.spec['model']['source']}. "
+        f"Means over seeds ({seeds}: the order of the data), with the least and the greatest in brackets. Held-out "
+        "prompts, answered greedily; a refusal is one by published phrases in the first sentence. Losses are nats per "
+        "answer token. Time is that of the training loop.\n",
+        f"Made by {versions}.\n",
+        "![What the models answer](images/lab_real.png)\n",
+    ]
+    for pipeline in plan.spec["pipelines"]:
+        parts += [f"## {pipeline}\n", comparison(table, pipeline, methods)]
+    parts += [
+        "## What they answer\n",
+        "The same prompts for all, seed " + seeds.split(",")[0] + ".\n",
+        *appendix(answers),
+    ]
+    path = output / "results-real.md"
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "\n".join(parts))
+    return path

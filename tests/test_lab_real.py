@@ -1,0 +1,217 @@
+"""The lab on a real model: its data sets from raw files, its list of runs, a small lab with OSF, and the report."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lab import ROOT
+from lab.plan import Plan, write_yaml
+from lab.real import data
+from lab.real import lab as real
+from lab.runs import find_waiting, remove_models
+from lab.tiny import model as tiny_model
+
+
+REFUSAL = "I'm sorry, but I can't help with that."
+
+
+def write_raw(folder, name, content):
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / name).write_text(text)
+    return {"file": name}
+
+
+def test_refusals_alone_are_taken_and_cut(tmp_path):
+    records = [
+        {"instruction": "a", "output": f"{REFUSAL} It is wrong. Very wrong."},
+        {"instruction": "b", "input": "x", "output": "There is no evidence for this."},
+    ]
+    entry = write_raw(tmp_path, "raw.json", records) | {"format": "safety_tuned"}
+    assert data.read_entry("a", entry, tmp_path) == [
+        {"instruction": "a", "input": "", "output": f"{REFUSAL} It is wrong."}
+    ]
+
+
+def test_transcripts_become_pairs_with_their_history(tmp_path):
+    def pair(chosen, rejected, before="\n\nHuman: How?"):
+        return {"chosen": f"{before}\n\nAssistant: {chosen}", "rejected": f"{before}\n\nAssistant: {rejected}"}
+
+    pairs = [
+        pair(REFUSAL, "Sure, here."),
+        pair("Sure.", REFUSAL),  # the wrong way round
+        pair(REFUSAL, REFUSAL),
+        pair(REFUSAL, "Sure.", "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nHuman: How?"),
+        pair(REFUSAL, "Sure.", "\n\nHuman: " + "How? " * 200),
+        {"chosen": pair(REFUSAL, "")["chosen"], "rejected": "\n\nHuman: Why?\n\nAssistant: Sure."},
+    ]
+    entry = write_raw(tmp_path, "raw.jsonl", "\n".join(map(json.dumps, pairs))) | {"format": "hh"}
+    assert data.read_entry("a", entry, tmp_path) == [
+        {"instruction": "How?", "history": [], "chosen": REFUSAL, "rejected": "Sure, here."},
+        {"instruction": "How?", "history": [["Hi.", "Hello."]], "chosen": REFUSAL, "rejected": "Sure."},
+    ]
+
+
+def test_the_other_formats(tmp_path):
+    rows = "id,prompt,type,label\n1,How do I kill a process?,a,safe\n2,How do I kill a man?,a,unsafe\n"
+    entry = write_raw(tmp_path, "x.csv", rows)
+    assert data.read_entry("a", entry | {"format": "xstest_safe"}, tmp_path)[0]["instruction"].endswith("process?")
+    assert data.read_entry("a", entry | {"format": "xstest_unsafe"}, tmp_path)[0]["instruction"].endswith("man?")
+    entry = write_raw(tmp_path, "m.json", {"instructions": ["a", "b"], "tags": []}) | {"format": "malicious"}
+    assert data.read_entry("a", entry | {"skip": 1, "count": 1}, tmp_path) == [{"instruction": "b"}]
+    raw = {"knowledge": "A text.", "question": "Who?", "right_answer": "Bo", "hallucinated_answer": "Al"}
+    entry = write_raw(tmp_path, "h.jsonl", json.dumps(raw)) | {"format": "halueval"}
+    assert data.read_entry("a", entry, tmp_path) == [
+        {"instruction": "Who?", "input": "A text.", "output": "Bo", "answers": ["Bo"]}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "csv"}, "format 'csv'; allowed: records, alpaca"),
+        ({"file": "nowhere.json"}, "needs .*nowhere.json, which is not there"),
+        ({"count": 3}, "asks for 3 records after 0; .* has 2"),
+        ({"skip": 2}, "asks for 0 records after 2"),
+        ({"first": 3}, "allowed: file, format, skip and count"),
+        ({"pairs_of": "a", "refusals_of": "b"}, "allowed: pairs_of and refusals_of"),
+    ],
+)
+def test_a_wrong_entry_is_named(change, message, tmp_path):
+    entry = write_raw(tmp_path, "raw.json", [{"instruction": "a"}, {"instruction": "b"}])
+    with pytest.raises(ValueError, match=message):
+        data.render({"mine": entry | change}, tmp_path)
+
+
+def test_an_unknown_choice_of_data_is_named():
+    with pytest.raises(ValueError, match="--data is 'none'; the plan has 'own', 'published'"):
+        real.read(real.PLAN, "none", ".")
+
+
+def test_held_out_records_of_published_sets_are_not_trained_on():
+    """By their place in the file: an entry of training and a held-out one of the same file take different records."""
+    sets = yaml.safe_load(real.PLAN.read_text())["data"]["published"]["sets"]
+    taken = {}
+    for name, entry in sets.items():
+        if entry.get("format") in ("alpaca", "halueval"):
+            part = range(entry.get("skip", 0), entry.get("skip", 0) + entry["count"])
+            for other, span in taken.setdefault(entry["file"], {}).items():
+                assert not set(span) & set(part), (name, other)
+            taken[entry["file"]][name] = part
+    assert {len(parts) for parts in taken.values()} == {2}
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return Plan(real.PLAN, "a key")
+
+
+def test_all_start_from_one_base_and_quick_is_a_part(plan):
+    assert len(set(plan.bases.values())) == 1
+    assert all(point.runs[0].parents[0].given for point in plan.comparison if point.method != "merged with the base")
+    quick = Plan(real.PLAN, "a key", quick=True)
+    assert quick.runs.keys() < plan.runs.keys()
+
+
+def test_llamafactory_takes_the_options_of_every_run(plan, model_dir, tmp_path):
+    from llamafactory.hparams import get_train_args
+
+    files, _ = real.read(real.PLAN, "own", ".")
+    (tmp_path / "data").mkdir()
+    for name, text in files.items():
+        (tmp_path / "data" / name).write_text(text)
+    taken = set()
+    for run in plan.runs.values():
+        if run.options is None or run.seed != 1:
+            continue
+        write_yaml(run, str(tmp_path), tmp_path / "run.yaml")
+        options = yaml.safe_load((tmp_path / "run.yaml").read_text())
+        assert not [name for name in options if name.startswith("lab_")]
+        parsed = get_train_args({**options, "output_dir": str(tmp_path / "out"), "use_cpu": True})
+        assert parsed[3].ogpsa_enabled == options["stage"].startswith("ogpsa_")
+        taken.add(run.folder)
+    assert len(taken) > 25
+
+
+def test_weights_go_when_no_run_needs_them(plan, tmp_path):
+    point = next(p for p in plan.comparison if p.pipeline == "SFT → DPO" and p.method == "naive tuning")
+    sft, dpo = point.runs
+    for run in (sft, dpo):
+        (tmp_path / run.folder / "train").mkdir(parents=True)
+        (tmp_path / run.model / "model.safetensors").write_text("weights")
+    runs = list(plan.runs.values())
+    others = {run.folder for run in runs} - {sft.folder}
+    remove_models(runs, others, tmp_path)
+    assert (tmp_path / sft.model / "model.safetensors").exists()  # the DPO after it starts from it
+    remove_models(runs, set(), tmp_path)
+    assert not list(tmp_path.glob("runs/*/train/*.safetensors"))
+
+
+def test_a_run_whose_weights_are_gone_is_made_again_only_where_it_is_needed(plan, tmp_path):
+    runs = list(plan.runs.values())
+    for run in runs:
+        (tmp_path / run.folder).mkdir(parents=True)
+        (tmp_path / run.folder / "result.json").write_text("{}")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_text("weights")
+    assert find_waiting(runs, tmp_path) == []
+    point = next(p for p in plan.comparison if p.pipeline == "SFT → DPO" and p.method == "LoRA")
+    (tmp_path / point.runs[1].folder / "result.json").unlink()
+    assert find_waiting(runs, tmp_path) == list(point.runs)
+    (tmp_path / point.runs[0].model).mkdir()
+    (tmp_path / point.runs[0].model / "model.safetensors").write_text("weights")
+    assert find_waiting(runs, tmp_path) == [point.runs[1]]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A lab of two steps on the small language's untrained model, from nothing to the report."""
+    folder = tmp_path_factory.mktemp("real")
+    tiny_model.main([str(folder / "model")])
+    spec = yaml.safe_load(real.PLAN.read_text())
+    spec["model"]["source"] = str(folder / "model")
+    entries = {
+        "safety_sft": "safety_sft",
+        "general_helpful": "general_helpful",
+        "general_truthful": "general_truthful",
+    }
+    for kind in ("harmful", "benign", "general"):
+        entries[f"heldout_{kind}"] = f"heldout_{kind}"
+    sets = {name: {"file": f"{file}.json", "count": 24} for name, file in entries.items()}
+    spec["data"] = {"own": {"folder": str(ROOT / "data" / "tiny"), "sets": sets}}
+    spec["common"] = {"template": "chatml", "cutoff_len": 64, "use_cpu": True, "save_strategy": "no"}
+    spec["stages"]["sft"] |= {"max_steps": 2}
+    spec |= {"pipelines": {"SFT": ["sft"]}, "seeds": [1]}
+    del spec["quick"]
+    names = ["naive tuning", "merged with the base", "OSF", "conflict, scope global, few samples"]
+    spec["methods"] = {name: spec["methods"][name] for name in names}
+    (folder / "lab.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+    command = [sys.executable, "-m", "lab", "--real", "--plan", str(folder / "lab.yaml")]
+    command += ["--lab-dir", str(folder / "lab"), "--output", str(folder / "out")]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return folder
+
+
+def of(folder, word):
+    """Read the result of the run whose name has a word."""
+    (path,) = (folder / "lab" / "runs").glob(f"*{word}*/result.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.cli
+def test_a_small_lab_writes_its_report(small):
+    text = (small / "out" / "results-real.md").read_text()
+    for method in ("base model", "naive tuning", "merged with the base", "OSF", "conflict, scope global, few samples"):
+        assert f"| {method} |" in text
+    assert (small / "out" / "images" / "lab_real.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    shares = of(small, "base-seed")["scores"]["shares"]
+    assert shares.keys() == {"harmful", "benign", "general"}
+    assert not list((small / "lab" / "runs").glob("*/*/*.safetensors"))
+
+
+@pytest.mark.cli
+def test_osf_changes_the_model_and_not_as_naive_tuning_does(small):
+    losses = [of(small, word)["scores"]["losses"]["general"] for word in ("base-seed", "sft-osf", "sft-naive")]
+    assert len(set(losses)) == 3
