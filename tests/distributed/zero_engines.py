@@ -64,7 +64,7 @@ def figures_of(engine, loss, scope):
     safety = collate(make_set("safety", 6, 9).samples)
     with engine.reference_pass():
         engine.clear()
-        engine.backward(loss(safety, 1.0, 1.0) / engine.world_size, engine.loss_scale, last=True)
+        engine.backward(loss(safety, 1.0, 1.0) / engine.processes.size, engine.loss_scale, last=True)
         engine.complete()
     engine.fill()
     stats = subspace.projection("orthogonal")(engine.gradients(), None, measure=True)
