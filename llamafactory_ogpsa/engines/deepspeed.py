@@ -7,7 +7,7 @@ the engines read the ZeRO optimizers' own bookkeeping, and check at the start th
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -229,6 +229,20 @@ class ZeroEngine(ABC):
         buffers = self._buffers()
         return [None if at is None else buffers[at.group].narrow(0, at.start, at.size) for at in self._places]
 
+    def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
+        weights = self.weights()
+        with self._gathered([self.parameters[index] for index in indices]):
+            for index in indices:
+                whole, weight = self.parameters[index].data, weights[index]
+                change(index, whole)
+                if weight is not None:
+                    part = whole.reshape(-1).narrow(0, self.offsets[index], weight.size)
+                    weight.part_of(weight.optimized).copy_(part)
+
+    def _gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
+        """Return a context in which these parameters are whole, and after which changes of them are kept."""
+        return nullcontext()
+
     def weights(self) -> list[Weight | None]:
         partitions = self._partitions()
         return [
@@ -337,6 +351,11 @@ class Zero3Engine(ZeroEngine):
 
     def _parameter_groups(self) -> dict[int, int]:
         return self._zero.sub_group_to_group_id
+
+    def _gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
         return self._zero.averaged_gradients

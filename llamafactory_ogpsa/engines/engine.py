@@ -1,5 +1,6 @@
 """What the rest of the project knows of the way in which a model is trained."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -87,6 +88,14 @@ class Engine(Protocol):
 
     def projected(self) -> None:
         """Take note that the gradients were changed in place."""
+
+    def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
+        """Change parameters in place, the copies that the optimizer steps included; every process calls it.
+
+        Args:
+            indices: of the parameters.
+            change: given an index and whole rows of the parameter, changes them in place.
+        """
 
     def weights(self) -> list[Weight | None]:
         """Return where the weights of each gradient are; None where this process has none of them."""

@@ -1,5 +1,6 @@
 """Gradients that PyTorch's `fully_shard` (FSDP2) has split: DTensors, of which a process holds one shard."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -79,6 +80,10 @@ class FullyShardedEngine:
 
     def projected(self) -> None:
         pass
+
+    def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
+        for index in indices:
+            change(index, self.parameters[index].to_local().data)
 
     def weights(self) -> list[Weight | None]:
         return [Weight(param, 0, size) for param, size in zip(self.parameters, self.sizes, strict=True)]

@@ -1,5 +1,6 @@
 """Gradients that every process holds whole: one process, or several under DistributedDataParallel."""
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -90,6 +91,10 @@ class ReplicatedEngine:
 
     def projected(self) -> None:
         pass
+
+    def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
+        for index in indices:
+            change(index, self.parameters[index].data)
 
     def weights(self) -> list[Weight | None]:
         return [Weight(param, 0, param.numel()) for param in self.parameters]

@@ -117,13 +117,14 @@ class InputBasis:
         size = self._engine.processes.size
         fresh = {b for b, count in zip(adapters, everywhere, strict=True) if count == size}
         self._unreached |= fresh
-        chosen = {adapters[b] for b in fresh}
-        pieces = [
-            weight.part_of(weight.optimized) if index in chosen and weight is not None else None
-            for index, weight in enumerate(weights)
-        ]
-        if chosen:
-            subspace.projection("orthogonal", self.kernel)(pieces)
+
+        def keep_out(index: int, rows: torch.Tensor) -> None:
+            basis = subspace.protected[index].basis
+            if basis is not None:
+                kept = rows.float()
+                rows.copy_(kept - (kept @ basis.T) @ basis)
+
+        self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
         return bool(fresh)
 
     def _release(self, index: int, item: Protected) -> Protected:
