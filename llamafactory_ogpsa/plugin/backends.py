@@ -47,7 +47,7 @@ def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
             continue
         if name.startswith(PREFIX):
             asking.append(name)
-        elif name in ("stage", "finetuning_type") and value in _SPELLINGS:
+        elif name in ("stage", "finetuning_type") and str(value) in _SPELLINGS:
             asking.append(f"{name}: {value}")
     return asking
 
