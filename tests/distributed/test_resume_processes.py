@@ -26,7 +26,7 @@ RUNS = {
         "torch.optim.adamw:AdamW.step",
         6,
     ),
-    "zero2 full, in a checkpoint": ("zero2", {"ogpsa_scope": "global"}, "llamafactory_ogpsa.state:save_file", 2),
+    "zero2 full, in a checkpoint": ("zero2", {"ogpsa_scope": "global"}, "llamafactory_ogpsa.storage:save_file", 2),
 }
 
 

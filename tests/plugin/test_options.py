@@ -57,7 +57,7 @@ def test_the_settings_of_a_run_are_its_options(parser, base_args):
         dataset=["helpful_pairs", "truthful_pairs"],
         num_samples=12,
         refresh_samples=None,
-        loss="stage",
+        loss="auto",
         batch_size=None,
         update_interval=5,
         scope="parameter",

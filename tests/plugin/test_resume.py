@@ -97,7 +97,7 @@ def test_what_a_checkpoint_holds(base_args, saved):
     size = (folder / "checkpoint-4" / basis).stat().st_size
     assert 2 * 20864 * 4 < size < 2 * 20864 * 4 * 1.2  # rank, parameters, float32; the rest is the header
     state = json.loads((folder / "checkpoint-4" / STATE_NAME).read_text())
-    assert (state["step"], state["refreshed_at"], state["repeat_at"]) == (4, 3, None)
+    assert (state["step"], state["refreshed_at"], state["moved"], state["searching"]) == (4, 3, True, False)
 
 
 def test_a_basis_that_is_not_kept_is_computed_anew(base_args, tmp_path, saved, said):
@@ -211,9 +211,9 @@ DEATHS = {
     "in a step": ("SIGKILL", "torch.optim.adamw:AdamW.step", 6),
     "in a step, asked to": ("SIGTERM", "torch.optim.adamw:AdamW.step", 6),
     "in a refresh": ("SIGKILL", "llamafactory_ogpsa.run.refresh:orthonormalise_", 2),
-    "in a refresh, by the user": ("SIGINT", "llamafactory_ogpsa.reference:accumulate_reference_gradient", 4),
-    "in a checkpoint, before the basis": ("SIGTERM", "llamafactory_ogpsa.state:save_file", 2),
-    "in a checkpoint, between basis and state": ("SIGKILL", "llamafactory_ogpsa.state:asdict", 2),
+    "in a refresh, by the user": ("SIGINT", "llamafactory_ogpsa.reference:accumulate_gradient", 4),
+    "in a checkpoint, before the basis": ("SIGTERM", "llamafactory_ogpsa.storage:save_file", 2),
+    "in a checkpoint, between basis and state": ("SIGKILL", "llamafactory_ogpsa.run.checkpoint:asdict", 2),
     "in a checkpoint, after the state": ("SIGKILL", "transformers:Trainer._save_rng_state", 2),
     "in the log": ("SIGKILL", "llamafactory_ogpsa.run.run:append_row", 8),
 }
