@@ -271,7 +271,7 @@ def check_deepspeed() -> Iterator[Finding]:
             yield Finding(NOTE, "deepspeed", f"cannot be imported ({error})", "train without `deepspeed:` in the YAML")
             return
 
-        from .engines.deepspeed import find_problems
+        from .engines.zero import find_problems
 
         problems = find_problems()
         if problems:
