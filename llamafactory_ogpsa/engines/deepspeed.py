@@ -170,7 +170,7 @@ class ZeroEngine(ABC):
         # At the boundary DeepSpeed copies what that backward pass reached to the host, and nothing else: with offload
         # `complete` has it copy what any has reached.
         self._engine.set_gradient_accumulation_boundary(last and not self._finalizes)
-        # DeepSpeed multiplies by its own loss scale, and by 1 / gradient_accumulation_steps unless told not to.
+        # DeepSpeed multiplies by its own loss scale, and by 1 / gradient_accumulation_steps unless asked not to.
         self._engine.backward(loss * (scale * self.processes.size / self.loss_scale), scale_wrt_gas=False)
 
     def complete(self) -> None:
@@ -190,7 +190,7 @@ class ZeroEngine(ABC):
 
     @abstractmethod
     def _offloads(self) -> bool:
-        """Tell whether the complete gradients are in host memory."""
+        """Return True where the complete gradients are in host memory."""
 
     @abstractmethod
     def _find_places(self) -> list[Place | None]:
