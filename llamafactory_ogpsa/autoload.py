@@ -31,7 +31,7 @@ SEAMS = {
 def apply_patch(module) -> None:
     """Let the plugin patch a LLaMA-Factory module that has just been executed.
 
-    A failure is printed and swallowed: a stock run goes on, and a run that asks for OGPSA is stopped later, because
+    A failure is printed and not raised: a stock run goes on, and a run that asks for OGPSA is stopped later, because
     `plugin.parser` checks that the seams it needs are in place.
     """
     try:

@@ -1,4 +1,4 @@
-"""The command `llamafactory-ogpsa`: what LLaMA-Factory's own command line has no place for."""
+"""The command `llamafactory-ogpsa`: what LLaMA-Factory's own command line does not do."""
 
 import argparse
 import sys

@@ -82,7 +82,7 @@ def check_entry_point() -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Can torch and its companions be imported together? LLaMA-Factory needs them all."""
+    """Can torch and the packages built on it be imported together? LLaMA-Factory needs them all."""
     for name in ("torch", "torchvision", "torchaudio"):
         error = import_error(name)
         if error:
@@ -191,14 +191,14 @@ def check_seams() -> Iterator[Finding]:
 
 def seam_error(name: str) -> str | None:
     """Import a module that OGPSA patches; return why it is not patched, None where it is."""
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
         error = import_error(name)
     if error:
         return f"cannot be imported ({error})"
 
     # Where the hook could not patch the module, it has said why.
-    reasons = [line.partition(f"OGPSA is not available, {name}: ")[2] for line in told.getvalue().splitlines()]
+    reasons = [line.partition(f"OGPSA is not available, {name}: ")[2] for line in printed.getvalue().splitlines()]
     if any(reasons):
         return f"not patched ({''.join(reasons)})"
 

@@ -1,4 +1,4 @@
-"""The processes of a run, and the three things that they tell each other."""
+"""The processes of a run, and the three ways in which they communicate."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

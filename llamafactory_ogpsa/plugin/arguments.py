@@ -104,7 +104,7 @@ def extend(stock: type) -> type:
             super().__post_init__()
 
         def to_dict(self) -> dict[str, Any]:
-            # What a tracker is told of a stock run is what it was told without the plugin.
+            # A tracker gets from a stock run what it got without the plugin.
             arguments = super().to_dict()
             return arguments if self.ogpsa_enabled else {k: v for k, v in arguments.items() if k not in OPTIONS}
 

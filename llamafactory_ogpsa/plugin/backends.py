@@ -1,4 +1,4 @@
-"""Backends and trainers of LLaMA-Factory that OGPSA has no place in: refused by name where a run asks for OGPSA.
+"""Backends and trainers of LLaMA-Factory that OGPSA does not support: refused by name where a run asks for OGPSA.
 
 The checks read what the user gave, before LLaMA-Factory parses it: what it parses depends on the backend.
 """

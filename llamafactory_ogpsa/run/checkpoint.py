@@ -4,7 +4,7 @@ Beside the Trainer's own files in a checkpoint's folder:
 
 - `ogpsa_state-00000-of-00001.safetensors`: the basis and its geometry. Where every process holds a piece of the basis,
   one such file each. None where the first step after the checkpoint refreshes anyway.
-- `ogpsa_state.json`: everything else. It is written when the former are complete, so it tells that they are.
+- `ogpsa_state.json`: everything else. It is written when the former are complete, so where it exists, they are complete.
 """
 
 import glob

@@ -126,7 +126,7 @@ class StepLog:
     """Makes the rows of logged steps, and warns, once, of a run that hardly learns or is partly unprotected.
 
     Attributes:
-        idle_steps: logged steps in a row of whose gradients hardly anything was left.
+        idle_steps: logged steps in a row at which almost all of the gradient was removed.
         uncovered_steps: logged steps in a row with much of the gradient in tensors without a direction.
     """
 

@@ -17,7 +17,7 @@ class InputBasis:
     """Makes a basis of the reference inputs of every weight matrix, from forward passes alone.
 
     LoRA's output is `B A x`. Where `B` is zero, as at the start, `A ← A − (A Vᵀ) V` changes nothing that the model does
-    and keeps reference inputs out of the adapter for good: `A`'s gradient is projected, so that `A x` stays zero for
+    and keeps reference inputs out of the adapter from then on: `A`'s gradient is projected, so that `A x` stays zero for
     them, and `B` may be anything. Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it
     is, and `B`, whose inputs `A x` have as many dimensions as the adapter's rank, is protected by half of them.
 

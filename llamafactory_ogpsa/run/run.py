@@ -78,7 +78,7 @@ class OgpsaRun:
         self.names = [reference.name for reference in sets]
 
     def begin(self, host: Host, step: int = 0, checkpoint: str | None = None) -> None:
-        """Log what is on, take over what a checkpoint holds, and start the log.
+        """Log what is on, restore what a checkpoint holds, and start the log.
 
         Args:
             host: who trains.
