@@ -63,7 +63,8 @@ class InputBasis:
             losses = passes.run_forward(recorder.begin_batch, recorder.end_batch)
         protected = self._protect(recorder)
         subspace = self._wrap(protected)
-        if self._settings.method != "monitor" and self._keep_out(subspace):
+        if self._settings.method != "monitor":
+            self._keep_out(subspace)
             subspace = self._wrap([self._release(index, item) for index, item in enumerate(protected)])
         return subspace, losses
 
@@ -108,8 +109,8 @@ class InputBasis:
         return {positions[b]: positions[a] for b, a in pairs.items() if a in positions}
 
     @torch.no_grad()
-    def _keep_out(self, subspace: InputSubspace) -> bool:
-        """Take the reference inputs' directions out of every `A` whose `B` is zero; return True where there is one."""
+    def _keep_out(self, subspace: InputSubspace) -> None:
+        """Take the reference inputs' directions out of every `A` whose `B` is zero."""
         weights = self._engine.weights()
         adapters = self._adapters()
         zero = [float(weights[b] is None or not weights[b].part_of(weights[b].optimized).any()) for b in adapters]
@@ -125,7 +126,6 @@ class InputBasis:
                 rows.copy_(kept - (kept @ basis.T) @ basis)
 
         self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
-        return bool(fresh)
 
     def _release(self, index: int, item: Protected) -> Protected:
         return Protected(unreached=True) if index in self._unreached else item
