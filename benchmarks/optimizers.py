@@ -3,7 +3,7 @@
     python -m benchmarks.optimizers           # the table of docs/optimizers.md
     python -m benchmarks.optimizers --cost    # what measuring an update costs at a logged step
 
-A Qwen2 of half a million parameters is trained on `data/general_base.json`, then for a few steps on
+A Qwen2 of 0.8 million parameters is trained on `data/general_base.json`, then for a few steps on
 `data/safety_sft.json` with each optimizer: once with `ogpsa_method: monitor`, whose weights are those of a stock run,
 and once with `orthogonal`. Figures are means over the steps but the first.
 """
@@ -108,7 +108,8 @@ def compare(steps: int) -> None:
                     read_figures(train(args, folder, **options, **settings, ogpsa_method=method))
                     for method in ("monitor", "orthogonal")
                 )
-                cells = [f"{stock[key]:.3f} → {ours[key]:.3f}" if key in stock else "–" for key in ("share", *REFERENCES)]
+                keys = ("share", *REFERENCES)
+                cells = [f"{stock[key]:.3f} → {ours[key]:.3f}" if key in stock else "–" for key in keys]
                 print(f"| {optimizer} | {scope} | " + " | ".join(cells) + " |", flush=True)
 
 

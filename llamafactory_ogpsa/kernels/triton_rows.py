@@ -137,7 +137,14 @@ class TritonRows:
         one = torch.ones((), dtype=torch.float32, device=dense.device) if scale is None else scale
         with _on(dense.device):
             rows_apply_kernel[(triton.cdiv(rows, _ROWS),)](
-                dense, basis, coefficients.contiguous(), one, rows, columns, CHUNK=min(_CHUNK, _padded(basis)), **_options(basis, dense.device)
+                dense,
+                basis,
+                coefficients.contiguous(),
+                one,
+                rows,
+                columns,
+                CHUNK=min(_CHUNK, _padded(basis)),
+                **_options(basis, dense.device),
             )
         if dense is not gradient:
             gradient.copy_(dense)
