@@ -12,7 +12,7 @@ from .rows import TorchRows
 # Directions that fit a program's registers; more go to torch's matrix products.
 MAX_DIRECTIONS = 128
 # Rows of a program, and columns and (in the second pass) directions that it has in flight: with these nothing spills on
-# sm_80 and sm_90.
+# sm_90.
 _ROWS = 32
 _COLUMNS = 32
 _CHUNK = 32
