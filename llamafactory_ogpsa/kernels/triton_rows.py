@@ -16,7 +16,6 @@ MAX_DIRECTIONS = 128
 _ROWS = 32
 _COLUMNS = 32
 _CHUNK = 32
-_WARPS = 4
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -154,7 +153,7 @@ def _options(basis: torch.Tensor, device: torch.device) -> dict:
     # Three TF32 products make a float32 one on tensor cores; other backends and the interpreter multiply in float32.
     precise = "tf32x3" if device.type == "cuda" and not torch.version.hip else "ieee"
     sizes = dict(K=basis.shape[0], PADDED=_padded(basis), ROWS=_ROWS, COLUMNS=_COLUMNS)
-    return dict(sizes, PRECISION=precise, num_warps=_WARPS)
+    return dict(sizes, PRECISION=precise, num_warps=8 if _padded(basis) > 64 else 4)
 
 
 def _padded(basis: torch.Tensor) -> int:

@@ -163,7 +163,8 @@ def test_the_kernels_of_scope_inputs_compile_and_spill_nothing(architecture):
     cases = []
     for k, gradient in [(1, "*bf16"), (64, "*fp16"), (128, "*bf16"), (128, "*fp32")]:
         padded = max(16, 1 << (k - 1).bit_length())
-        constants = dict(K=k, PADDED=padded, ROWS=32, COLUMNS=32, PRECISION="tf32x3", gradient=gradient, warps=4)
+        constants = dict(K=k, PADDED=padded, ROWS=32, COLUMNS=32, PRECISION="tf32x3", gradient=gradient)
+        constants["warps"] = 8 if padded > 64 else 4
         cases.append(("rows_coefficients_kernel", constants))
         cases.append(("rows_apply_kernel", dict(constants, CHUNK=min(32, padded))))
     results = _compile(("cuda", architecture, 32), cases)
