@@ -3,6 +3,7 @@
 import json
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -34,6 +35,38 @@ def make_workload(folder: Path, hidden: int, layers: int = 4) -> tuple[dict, int
     (folder / "words.json").write_text(json.dumps(records))
     (folder / "dataset_info.json").write_text(json.dumps({DATASET: {"file_name": "words.json"}}))
 
+    size = make_model(folder / "model", words, hidden, layers)
+    args = {
+        "model_name_or_path": str(folder / "model"),
+        "template": "chatml",
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset_dir": str(folder),
+        "dataset": DATASET,
+        "cutoff_len": 128,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-5,
+        "logging_steps": 1000,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    return args, size
+
+
+def make_model(folder: Path, words: Iterable[str], hidden: int, layers: int) -> int:
+    """Save a Qwen2 with random weights and a tokenizer of whole words and punctuation marks.
+
+    Args:
+        folder: where both are written.
+        words: the vocabulary beside the special tokens.
+        hidden: width of the model, a multiple of 16.
+        layers: its layers.
+
+    Returns:
+        the model's number of parameters.
+    """
     specials = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>"]
     vocabulary = {piece: index for index, piece in enumerate([*specials, "system", "user", "assistant", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -56,25 +89,9 @@ def make_workload(folder: Path, hidden: int, layers: int = 4) -> tuple[dict, int
         eos_token_id=tokenizer.eos_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    args = {
-        "model_name_or_path": str(folder / "model"),
-        "template": "chatml",
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "full",
-        "dataset_dir": str(folder),
-        "dataset": DATASET,
-        "cutoff_len": 128,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-5,
-        "logging_steps": 1000,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
-    return args, model.num_parameters()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model.num_parameters()
 
 
 class StepTimer(TrainerCallback):

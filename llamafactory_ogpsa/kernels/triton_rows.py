@@ -11,9 +11,11 @@ from .rows import TorchRows
 
 # Directions that fit a program's registers; more go to torch's matrix products.
 MAX_DIRECTIONS = 128
-# Rows of a program, columns that it has in flight.
+# Rows of a program, and columns and (in the second pass) directions that it has in flight: with these nothing spills on
+# sm_90.
 _ROWS = 32
-_COLUMNS = 64
+_COLUMNS = 32
+_CHUNK = 32
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -65,6 +67,7 @@ def rows_apply_kernel(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Replace ``ROWS`` rows of ``G`` by ``s (G − C V)``."""
@@ -73,8 +76,8 @@ def rows_apply_kernel(
     direction = tl.arange(0, PADDED)
     lanes = tl.arange(0, COLUMNS)
     inside = row < rows
-    at = row.to(tl.int64)[:, None] * K + direction[None, :]
-    c = tl.load(coefficients + at, inside[:, None] & (direction < K)[None, :], other=0.0)
+    at_coefficients = row.to(tl.int64)[:, None] * K + direction[None, :]
+    c = tl.load(coefficients + at_coefficients, inside[:, None] & (direction < K)[None, :], other=0.0)
     # Not touching what does not change leaves it bit for bit as it is, whatever its values.
     changes = (s != 1.0) | (tl.max(tl.max((c != 0.0).to(tl.int32), 1), 0) > 0)
     start = tl.where(changes, 0, columns)
@@ -83,9 +86,16 @@ def rows_apply_kernel(
         at = row.to(tl.int64)[:, None] * columns + column[None, :]
         mask = inside[:, None] & (column < columns)[None, :]
         g = tl.load(gradient + at, mask, other=0.0).to(tl.float32)
-        at_basis = direction.to(tl.int64)[:, None] * columns + column[None, :]
-        v = tl.load(basis + at_basis, (direction < K)[:, None] & (column < columns)[None, :], other=0.0)
-        g = s * (g - tl.dot(c, v, input_precision=PRECISION))
+        inner = tl.zeros([ROWS, COLUMNS], tl.float32)
+        # All of C at once, in the parts that the tensor cores take, would not fit the registers.
+        for first in range(0, PADDED, CHUNK):
+            some = first + tl.arange(0, CHUNK)
+            at_some = row.to(tl.int64)[:, None] * K + some[None, :]
+            c_some = tl.load(coefficients + at_some, inside[:, None] & (some < K)[None, :], other=0.0)
+            at_basis = some.to(tl.int64)[:, None] * columns + column[None, :]
+            v = tl.load(basis + at_basis, (some < K)[:, None] & (column < columns)[None, :], other=0.0)
+            inner += tl.dot(c_some, v, input_precision=PRECISION)
+        g = s * (g - inner)
         tl.store(gradient + at, g.to(gradient.dtype.element_ty), mask)
         start += COLUMNS
 
@@ -126,18 +136,28 @@ class TritonRows:
         one = torch.ones((), dtype=torch.float32, device=dense.device) if scale is None else scale
         with _on(dense.device):
             rows_apply_kernel[(triton.cdiv(rows, _ROWS),)](
-                dense, basis, coefficients.contiguous(), one, rows, columns, **_options(basis, dense.device)
+                dense,
+                basis,
+                coefficients.contiguous(),
+                one,
+                rows,
+                columns,
+                CHUNK=min(_CHUNK, _padded(basis)),
+                **_options(basis, dense.device),
             )
         if dense is not gradient:
             gradient.copy_(dense)
 
 
 def _options(basis: torch.Tensor, device: torch.device) -> dict:
-    k = basis.shape[0]
     # Three TF32 products make a float32 one on tensor cores; other backends and the interpreter multiply in float32.
     precise = "tf32x3" if device.type == "cuda" and not torch.version.hip else "ieee"
-    padded = max(16, triton.next_power_of_2(k))
-    return dict(K=k, PADDED=padded, ROWS=_ROWS, COLUMNS=_COLUMNS, PRECISION=precise, num_warps=4)
+    sizes = dict(K=basis.shape[0], PADDED=_padded(basis), ROWS=_ROWS, COLUMNS=_COLUMNS)
+    return dict(sizes, PRECISION=precise, num_warps=8 if _padded(basis) > 64 else 4)
+
+
+def _padded(basis: torch.Tensor) -> int:
+    return max(16, triton.next_power_of_2(basis.shape[0]))
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:

@@ -10,14 +10,17 @@ import pytest
 
 SCRIPT = r"""
 import json
+import pathlib
 import re
+import subprocess
 import sys
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from llamafactory_ogpsa.kernels import triton_kernels
+from llamafactory_ogpsa.kernels import triton_kernels, triton_rows
 
 try:
     from triton.backends.compiler import AttrsDescriptor  # Triton 3.2
@@ -28,9 +31,10 @@ backend, architecture, warp = json.loads(sys.argv[1])
 cases = json.loads(sys.argv[2])
 TYPES = dict(tile_piece="*i32", max_norm="fp32", norms="*fp64")
 TYPES.update(dict.fromkeys(["gradients", "pieces", "group_tiles"], "*i64"))
-TYPES.update(dict.fromkeys(["first", "last", "num_pieces", "num_tiles", "num_groups"], "i32"))
+TYPES.update(dict.fromkeys(["first", "last", "num_pieces", "num_tiles", "num_groups", "rows", "columns"], "i32"))
 for name, constants in cases:
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(triton_rows if name.startswith("rows") else triton_kernels, name)
+    TYPES["gradient"], warps = constants.pop("gradient", None), constants.pop("warps", 8)
     names = kernel.arg_names
     signature = {n: "constexpr" if n.isupper() else TYPES.get(n, "*fp32") for n in names}
     pointers = [i for i, n in enumerate(names) if signature[n].startswith("*")]
@@ -40,10 +44,21 @@ for name, constants in cases:
         signature = {n: kind for n, kind in signature.items() if kind != "constexpr"}
         aligned = AttrsDescriptor.from_dict({"cls": "AttrsDescriptor", "arg_properties": {"tt.divisibility": pointers}})
     source = ASTSource(kernel, signature, {n: constants[n] for n in names if n.isupper()}, aligned)
-    compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options={"num_warps": 8})
+    compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options={"num_warps": warps})
     ptx = compiled.asm.get("ptx", "")
     loads = re.findall(r"(?:ld|st)\.global\.[.\w]+", ptx)
-    print(json.dumps({"kernel": name, "binary": len(compiled.kernel), "accesses": loads}))
+    spilled = []
+    if ptx:
+        # Triton brings NVIDIA's assembler, which says what the loader would on a GPU.
+        assembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+        target = re.search(r"\.target\s+(\w+)", ptx).group(1)
+        with tempfile.TemporaryDirectory() as folder:
+            source = pathlib.Path(folder, "kernel.ptx")
+            source.write_text(ptx)
+            command = [assembler, "-v", f"-arch={target}", source, "-o", source.with_suffix(".cubin")]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", said)]
+    print(json.dumps({"kernel": name, "binary": len(compiled.kernel), "accesses": loads, "spilled": spilled}))
 """
 
 # A driver that only pretends to launch, on tensors of the CPU, which the compiler takes for a GPU's.
@@ -141,6 +156,19 @@ def test_every_kernel_compiles(target):
     results = _compile(target, cases)
     assert [r["kernel"] for r in results] == [name for name, _ in cases]
     assert all(r["binary"] > 0 for r in results)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_the_kernels_of_scope_inputs_compile_and_spill_nothing(architecture):
+    cases = []
+    for k, gradient in [(1, "*bf16"), (64, "*fp16"), (128, "*bf16"), (128, "*fp32")]:
+        padded = max(16, 1 << (k - 1).bit_length())
+        constants = dict(K=k, PADDED=padded, ROWS=32, COLUMNS=32, PRECISION="tf32x3", gradient=gradient)
+        constants["warps"] = 8 if padded > 64 else 4
+        cases.append(("rows_coefficients_kernel", constants))
+        cases.append(("rows_apply_kernel", dict(constants, CHUNK=min(32, padded))))
+    results = _compile(("cuda", architecture, 32), cases)
+    assert [r["spilled"] for r in results] == [[0]] * len(cases)
 
 
 def test_aligned_tensors_are_read_and_written_16_bytes_at_a_time():
