@@ -219,3 +219,23 @@ def assign_groups(num_tensors: int, scope: str) -> tuple[list[int], int]:
     if scope == "parameter":
         return list(range(num_tensors)), num_tensors
     return [0] * num_tensors, 1
+
+
+def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading right singular vectors of a matrix, those of the largest singular values.
+
+    Args:
+        rows: `[n, in]`, any float dtype; the sums are float64.
+        rank: most directions.
+
+    Returns:
+        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, and less where rounding is all that is left.
+    """
+    rows = rows.double()
+    wide = rows.shape[0] <= rows.shape[1]
+    eigenvalues, eigenvectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
+    eigenvalues, eigenvectors = eigenvalues.flip(0)[:rank], eigenvectors.flip(1)[:, :rank]
+    kept = eigenvalues > 1e-10 * eigenvalues[0].clamp(min=torch.finfo(torch.float64).tiny)
+    eigenvalues, eigenvectors = eigenvalues[kept], eigenvectors[:, kept]
+    directions = eigenvectors.T @ rows / eigenvalues.sqrt()[:, None] if wide else eigenvectors.T
+    return directions.float().contiguous()

@@ -21,7 +21,7 @@ import torch
 
 from .checks import check_references, order_gradients
 from .engines.processes import ALONE, Processes
-from .geometry import ratio
+from .geometry import leading_directions, ratio
 from .kernels.plan import GRADIENT_DTYPES
 from .kernels.rows import RowsKernel, make_rows_kernel, squared_norm
 from .pieces import Segment, find_cuts, split_piece
@@ -342,23 +342,3 @@ class InputSubspace:
                     if segment is not None and segment.cut is not None:
                         basis = basis[:, segment.column : segment.column + part.shape[1]].contiguous()
                     rows.apply_(part, torch.where(finite, c, 0.0), basis, scale)
-
-
-def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the leading right singular vectors of a matrix, those of the largest singular values.
-
-    Args:
-        rows: `[n, in]`, any float dtype; the sums are float64.
-        rank: most directions.
-
-    Returns:
-        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, and less where rounding is all that is left.
-    """
-    rows = rows.double()
-    wide = rows.shape[0] <= rows.shape[1]
-    eigenvalues, eigenvectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
-    eigenvalues, eigenvectors = eigenvalues.flip(0)[:rank], eigenvectors.flip(1)[:, :rank]
-    kept = eigenvalues > 1e-10 * eigenvalues[0].clamp(min=torch.finfo(torch.float64).tiny)
-    eigenvalues, eigenvectors = eigenvalues[kept], eigenvectors[:, kept]
-    directions = eigenvectors.T @ rows / eigenvalues.sqrt()[:, None] if wide else eigenvectors.T
-    return directions.float().contiguous()

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamafactory_ogpsa import Subspace
-from llamafactory_ogpsa.inputs import InputSubspace, Protected, leading_directions
+from llamafactory_ogpsa.geometry import leading_directions
+from llamafactory_ogpsa.inputs import InputSubspace, Protected
 from llamafactory_ogpsa.pieces import split_piece
 
 

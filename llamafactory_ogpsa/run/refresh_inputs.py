@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from ..engines import Engine
-from ..inputs import DEFAULT_RANK, InputSubspace, Protected, leading_directions
+from ..geometry import leading_directions
+from ..inputs import DEFAULT_RANK, InputSubspace, Protected
 from ..options import Settings
 from ..record import Recorder
 from ..reference import ReferencePasses
