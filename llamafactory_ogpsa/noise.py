@@ -56,8 +56,6 @@ def without_noise(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# Uncompiled: the passes need no graphs of their own, and torch.compile does not see the hooks that look for the noise.
-@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def check_repeatable(
     model: torch.nn.Module, loss: Callable[[], torch.Tensor], totals: Callable[[list[float]], list[float]]

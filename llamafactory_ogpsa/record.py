@@ -56,11 +56,7 @@ class Recorder:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """While the context is open, keep what reaches the modules.
-
-        Compiled models run uncompiled meanwhile: torch.compile does not see hooks that come after it has compiled, and
-        would keep those that it has seen.
-        """
+        """While the context is open, keep what reaches the modules."""
         hooks = []
         for module in self._model.modules():
             weight = getattr(module, "weight", None)
@@ -74,8 +70,7 @@ class Recorder:
                     self.transposed.add(index)
                 hooks.append(module.register_forward_pre_hook(self._make_input_hook(index)))
         try:
-            with torch.compiler.set_stance("force_eager"):
-                yield
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
