@@ -26,7 +26,6 @@ SEAMS = {
     "llamafactory.webui.interface": f"{_PLUGIN}.board",
     "llamafactory.v1.config.arg_parser": f"{_PLUGIN}.v1",
     "llamafactory.v1.trainers.sft_trainer": f"{_PLUGIN}.v1_trainer",
-    "llamafactory.v1.trainers.dpo_trainer": f"{_PLUGIN}.v1_trainer",
 }
 
 

@@ -229,12 +229,8 @@ def is_wrapped(module: ModuleType) -> bool:
         "interface": "create_ui",
         "arg_parser": "get_args",
         "sft_trainer": "run_sft",
-        "dpo_trainer": "run_dpo",
     }
-    name = replaced[module.__name__.rpartition(".")[2]]
-    if name == "run_dpo" and not hasattr(module, name):  # LLaMA-Factory 0.9.5 has no DPO in v1
-        return True
-    return hasattr(getattr(module, name), "__wrapped__")
+    return hasattr(getattr(module, replaced[module.__name__.rpartition(".")[2]]), "__wrapped__")
 
 
 def check_devices() -> Iterator[Finding]:

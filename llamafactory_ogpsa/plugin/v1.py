@@ -36,7 +36,7 @@ class Stage(NamedTuple):
     """A stage of v1 that is being run.
 
     Attributes:
-        name: sft or dpo.
+        name: sft, the only one so far.
         put_in: puts OGPSA into its trainer.
     """
 
@@ -81,7 +81,7 @@ def patch(module: ModuleType) -> None:
         settings = make_settings(options, stage.name)
         parsed = get_args(rest)
         refuse_arguments(parsed[0], parsed[2])
-        stage.put_in(Request(settings, read_sets(settings, stage.name)))
+        stage.put_in(Request(settings, read_sets(settings)))
         return parsed
 
     module.get_args = ogpsa_get_args
@@ -144,8 +144,8 @@ def check_asking(asking: list[str], stage: Stage | None) -> None:
     given = f"{names} {'is' if len(asking) == 1 else 'are'} given"
     if stage is None:
         raise ValueError(
-            f"{given}, but this command of LLaMA-Factory's v1 trainer has no OGPSA; allowed: `llamafactory-cli sft` "
-            f"and, where LLaMA-Factory has it, `dpo`; or a run without {'it' if len(asking) == 1 else 'them'}."
+            f"{given}, but this command of LLaMA-Factory's v1 trainer has no OGPSA; allowed: `llamafactory-cli sft`, "
+            f"or a run without {'it' if len(asking) == 1 else 'them'}."
         )
     classic = [name for name in asking if ":" in name]
     if classic:
@@ -160,7 +160,7 @@ def make_settings(options: dict[str, Any], stage: str) -> Settings:
 
     Args:
         options: by name.
-        stage: sft or dpo.
+        stage: the stage that runs.
 
     Raises:
         ValueError: names the option, what was given and what is allowed.

@@ -7,7 +7,7 @@ import torch
 
 from ..noise import preserve_random_state
 from ..options import Settings
-from ..reference import ReferenceLoss, ReferenceSet
+from ..reference import ReferenceSet
 
 
 class RecordSet(NamedTuple):
@@ -16,15 +16,13 @@ class RecordSet(NamedTuple):
     Attributes:
         name: its entry in the dataset's YAML, or the name of its file.
         records: its first `ogpsa_num_samples` records, in v1's format.
-        loss: `sft` or `stage`: the loss that it is for.
     """
 
     name: str
     records: list[dict[str, Any]]
-    loss: str
 
 
-def read_sets(settings: Settings, stage: str) -> list[RecordSet]:
+def read_sets(settings: Settings) -> list[RecordSet]:
     """Read the reference sets of a run; the random state stays as it was.
 
     `ogpsa_dataset` names what `train_dataset` does: a YAML, each entry of which is one set, or a file or a dataset of
@@ -32,10 +30,9 @@ def read_sets(settings: Settings, stage: str) -> list[RecordSet]:
 
     Args:
         settings: the run's.
-        stage: sft or dpo.
 
     Raises:
-        ValueError: a set cannot be read, has no records, or is not for this stage and loss.
+        ValueError: a set cannot be read, has no records, or its records are not messages.
     """
     from llamafactory.v1.core.data_engine import DataEngine
 
@@ -56,7 +53,8 @@ def read_sets(settings: Settings, stage: str) -> list[RecordSet]:
             name = os.path.splitext(os.path.basename(path))[0] if entry == "default" else entry
             if name in [item.name for item in sets]:
                 raise ValueError(f"`ogpsa_dataset` has a set {name!r} twice; allowed: each name once.")
-            sets.append(RecordSet(name, records, choose_loss(name, records, settings.loss, stage)))
+            check_records(name, records)
+            sets.append(RecordSet(name, records))
     return sets
 
 
@@ -69,33 +67,19 @@ def read_entries(data: Any, num_samples: int) -> dict[str, list[dict[str, Any]]]
     return found
 
 
-def choose_loss(name: str, records: list[dict[str, Any]], asked: str, stage: str) -> str:
-    """Return the reference loss of a set: the SFT loss for messages, the stage's for pairs.
-
-    Args:
-        name: the set's.
-        records: in v1's format.
-        asked: `ogpsa_loss`.
-        stage: sft or dpo.
+def check_records(name: str, records: list[dict[str, Any]]) -> None:
+    """Refuse a set without records, and one whose records are not messages.
 
     Raises:
-        ValueError: the set has no records, or they are not for this stage or loss.
+        ValueError: names the set and what is allowed.
     """
     if not records:
         raise ValueError(f"`ogpsa_dataset` has {name!r}, which has no records; allowed: sets with at least one.")
-    plain = ["messages" in record for record in records]
-    pairs = ["chosen_messages" in record and "rejected_messages" in record for record in records]
-    if all(plain) and (stage == "sft" or asked != "stage"):
-        return "sft"
-    if all(pairs) and stage == "dpo" and asked != "sft":
-        return "stage"
-
-    kinds = {"sft": "messages", "dpo": "messages, or pairs of chosen and rejected messages,"}[stage]
-    loss = "" if stage == "sft" or asked == "auto" else f" that go with `ogpsa_loss: {asked}`"
-    raise ValueError(
-        f"`ogpsa_dataset` has {name!r}, whose records have {', '.join(sorted(records[0]))}; allowed in stage {stage}: "
-        f"sets of {kinds}{loss}. Most sets need a `converter` in the YAML."
-    )
+    if not all("messages" in record for record in records):
+        raise ValueError(
+            f"`ogpsa_dataset` has {name!r}, whose records have {', '.join(sorted(records[0]))}; allowed: sets of "
+            "messages. Most sets need a `converter` in the YAML."
+        )
 
 
 def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet]) -> list[ReferenceSet]:
@@ -110,7 +94,6 @@ def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet])
         ValueError: a set has no sample with a token to learn, or too few for `ogpsa_rank`.
     """
     cutoff_len = trainer.args.cutoff_len
-    losses: dict[str, ReferenceLoss] = {"sft": TokenLoss(trainer), "stage": PairLoss(trainer)}
     made = []
     for item in sets:
         samples = trainer.renderer.process_samples(item.records)
@@ -120,7 +103,7 @@ def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet])
                 f"`ogpsa_dataset` has {item.name!r}, none of whose first {settings.num_samples} records has a token "
                 f"to learn at cutoff_len {cutoff_len}; allowed: a set with at least one."
             )
-        made.append(ReferenceSet(item.name, samples, Collator(cutoff_len), losses[item.loss]))
+        made.append(ReferenceSet(item.name, samples, Collator(cutoff_len), TokenLoss(trainer)))
 
     parts = 1 if settings.scope == "inputs" else -(-(settings.rank or len(made)) // len(made))
     for reference in made:
@@ -159,7 +142,7 @@ class TokenLoss:
     """v1's SFT loss: the mean over tokens, weighted by their loss weights."""
 
     def __init__(self, trainer: Any) -> None:
-        """Bind the loss to a trainer, of whatever stage."""
+        """Bind the loss to a trainer."""
         self._trainer = trainer
 
     def weigh(self, samples: list[dict[str, Any]]) -> float:
@@ -168,22 +151,4 @@ class TokenLoss:
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
         """Return the batch's part of the mean over `total`."""
-        from llamafactory.v1.trainers.sft_trainer import SFTTrainer
-
-        return SFTTrainer.compute_loss(self._trainer, batch) * (weight / total)
-
-
-class PairLoss:
-    """The loss of a stage that takes pairs: the mean over them."""
-
-    def __init__(self, trainer: Any) -> None:
-        """Bind the loss to a trainer."""
-        self._trainer = trainer
-
-    def weigh(self, samples: list[dict[str, Any]]) -> float:
-        """Return the number of pairs."""
-        return float(len(samples))
-
-    def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
-        """Return the batch's part of the mean over `total` pairs."""
         return self._trainer.compute_loss(batch) * (weight / total)

@@ -22,7 +22,7 @@ from .v1_data import make_reference_sets
 logger = logging.getLogger("llamafactory.ogpsa")
 
 # The trainer class of each stage.
-TRAINERS = {"sft": "SFTTrainer", "dpo": "DPOTrainer"}
+TRAINERS = {"sft": "SFTTrainer"}
 
 _TRAINER_PARAMETERS = ["self", "args", "model", "renderer", "train_dataset", "callbacks"]
 
@@ -33,14 +33,13 @@ def patch(module: ModuleType) -> None:
     The trainer class is another only while `run_*` executes a run that asks for OGPSA.
 
     Args:
-        module: `llamafactory.v1.trainers.<stage>_trainer`; one without `run_*` is an empty one, of a stage that v1 does
-            not have yet, and is left as it is.
+        module: `llamafactory.v1.trainers.<stage>_trainer`.
+
+    Raises:
+        AttributeError: the module has no `run_*`; it is left as it was.
     """
     stage = module.__name__.rpartition(".")[2].removesuffix("_trainer")
-    run = getattr(module, f"run_{stage}", None)
-    if run is None:
-        return
-
+    run = getattr(module, f"run_{stage}")
     name = TRAINERS[stage]
 
     @functools.wraps(run)
