@@ -25,6 +25,7 @@ SEAMS = {
     "llamafactory.train.kto.workflow": f"{_PLUGIN}.workflow",
     "llamafactory.webui.interface": f"{_PLUGIN}.board",
     "llamafactory.v1.config.arg_parser": f"{_PLUGIN}.v1",
+    "llamafactory.v1.trainers.sft_trainer": f"{_PLUGIN}.v1_trainer",
 }
 
 

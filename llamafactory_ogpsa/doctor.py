@@ -153,10 +153,13 @@ def check_backends() -> Iterator[Finding]:
 
     from .plugin.backends import BACKENDS, is_set
 
-    for variable, backend in {**BACKENDS, "USE_V1": "v1 trainer"}.items():
+    for variable, backend in BACKENDS.items():
         if is_set(variable):
             text = f"{variable}={os.environ[variable]} chooses LLaMA-Factory's {backend}, where OGPSA runs are refused"
             yield Finding(FAIL, "backend", text, f"unset {variable}")
+    if is_set("USE_V1"):
+        text = f"USE_V1={os.environ['USE_V1']} chooses LLaMA-Factory's v1 trainer, where OGPSA is experimental"
+        yield Finding(NOTE, "backend", f"{text}: see docs/v1.md")
 
 
 def is_hooked() -> bool:
@@ -221,7 +224,12 @@ def workflow_error(stage: str) -> str | None:
 
 def is_wrapped(module: ModuleType) -> bool:
     """Return whether the function that OGPSA replaces in a parser or the web UI is a wrapper of the stock one."""
-    replaced = {"parser": "get_train_args", "interface": "create_ui", "arg_parser": "get_args"}
+    replaced = {
+        "parser": "get_train_args",
+        "interface": "create_ui",
+        "arg_parser": "get_args",
+        "sft_trainer": "run_sft",
+    }
     return hasattr(getattr(module, replaced[module.__name__.rpartition(".")[2]]), "__wrapped__")
 
 

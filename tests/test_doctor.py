@@ -119,13 +119,20 @@ def test_the_cuda_of_a_wheel_is_read_without_importing_it(monkeypatch, tmp_path,
     assert doctor.cuda_of("not_installed_at_all") is None
 
 
-@pytest.mark.parametrize("variable", ["USE_MCA", "USE_MEGATRON_BRIDGE", "USE_KT", "USE_V1"])
+@pytest.mark.parametrize("variable", ["USE_MCA", "USE_MEGATRON_BRIDGE", "USE_KT"])
 def test_a_backend_that_refuses_ogpsa_is_diagnosed(monkeypatch, variable):
     assert failures(doctor.check_backends) == []
     monkeypatch.setenv(variable, "1")
     (finding,) = failures(doctor.check_backends)
     assert finding.text.startswith(f"{variable}=1 chooses LLaMA-Factory's ")
     assert finding.fix == f"unset {variable}"
+
+
+def test_the_v1_trainer_is_noted(monkeypatch):
+    monkeypatch.setenv("USE_V1", "1")
+    (finding,) = doctor.check_backends()
+    assert finding.state == doctor.NOTE
+    assert "OGPSA is experimental: see docs/v1.md" in finding.text
 
 
 def test_further_argument_lists_are_noted():

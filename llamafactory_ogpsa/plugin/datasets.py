@@ -167,7 +167,9 @@ def load_reference_sets(
             )
         sets.append(LoadedSet(name, samples, loss))
 
-    needed = finetuning_args.ogpsa_rank or len(sets)
+    # In scope `inputs` the rank counts directions of a matrix's input: samples are not split for it.
+    rank = None if finetuning_args.ogpsa_scope == "inputs" else finetuning_args.ogpsa_rank
+    needed = rank or len(sets)
     for reference in sets:
         parts = -(-needed // len(sets))
         if len(reference.samples) < parts:

@@ -1,14 +1,60 @@
-"""The seam `llamafactory.v1.config.arg_parser`: LLaMA-Factory's next trainer (`USE_V1=1`) refuses OGPSA by name.
+"""The seam `llamafactory.v1.config.arg_parser`: the OGPSA options of LLaMA-Factory's next trainer (`USE_V1=1`).
 
-It has no OGPSA, and with `ALLOW_EXTRA_KEYS=1` it would ignore the options and train without it.
+Experimental, see docs/v1.md. v1's parser knows no `ogpsa_*` option, and with `ALLOW_EXTRA_KEYS=1` it would ignore them
+and train without OGPSA. Here they are read and checked first, and kept from it. A command that OGPSA has no place in
+is refused by name.
 """
 
 import functools
 import sys
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
+import yaml
+
+from ..options import OPTIONS, PREFIX, Settings, resolve
 from .backends import given_options, ogpsa_options
+from .v1_data import RecordSet, read_sets
+
+
+class Request(NamedTuple):
+    """What a run asks for.
+
+    Attributes:
+        settings: the options.
+        sets: the reference sets, read but not tokenised.
+    """
+
+    settings: Settings
+    sets: list[RecordSet]
+
+
+class Stage(NamedTuple):
+    """A stage of v1 that is being run.
+
+    Attributes:
+        name: sft, the only one so far.
+        put_in: puts OGPSA into its trainer.
+    """
+
+    name: str
+    put_in: Callable[[Request], None]
+
+
+_running: ContextVar[Stage | None] = ContextVar("running", default=None)
+
+
+@contextmanager
+def running(stage: Stage) -> Iterator[None]:
+    """While the context is open, arguments that are parsed are those of this stage."""
+    token = _running.set(stage)
+    try:
+        yield
+    finally:
+        _running.reset(token)
 
 
 def patch(module: ModuleType) -> None:
@@ -23,24 +69,135 @@ def patch(module: ModuleType) -> None:
     get_args = module.get_args
 
     @functools.wraps(get_args)
-    def checked_get_args(args=None):
-        asking = ogpsa_options(read_arguments() if args is None else args)
-        if asking:
-            names = ", ".join(f"`{name}`" for name in asking)
-            raise ValueError(
-                f"{names} {'is' if len(asking) == 1 else 'are'} given, but LLaMA-Factory's v1 trainer has no OGPSA; "
-                f"allowed: `USE_V1` unset, or a run without {'it' if len(asking) == 1 else 'them'}."
-            )
-        return get_args(args)
+    def ogpsa_get_args(args=None):
+        words = sys.argv[1:] if args is None else args
+        asking = ogpsa_options(read_all(words))
+        if not asking:
+            return get_args(args)
 
-    module.get_args = checked_get_args
+        stage = _running.get()
+        check_asking(asking, stage)
+        options, rest = split_options(words)
+        settings = make_settings(options, stage.name)
+        parsed = get_args(rest)
+        refuse_arguments(parsed[0], parsed[2])
+        stage.put_in(Request(settings, read_sets(settings)))
+        return parsed
+
+    module.get_args = ogpsa_get_args
 
 
-def read_arguments() -> dict[str, Any]:
-    """Read the options from the command line and the file that it names, as v1's parser does."""
+def is_file(words: Any) -> bool:
+    """Return whether a command line names a file of options, as v1's parser sees it."""
+    return not isinstance(words, dict) and bool(words) and words[0].endswith((".yaml", ".yml", ".json"))
+
+
+def read_all(words: dict[str, Any] | list[str]) -> dict[str, Any]:
+    """Read the options from a dict, or from a command line and the file that it may name."""
+    if not is_file(words):
+        return dict(given_options(words))
+
     from omegaconf import OmegaConf
 
-    words = sys.argv[1:]
-    if not words or not words[0].endswith((".yaml", ".yml", ".json")):
-        return dict(given_options(words))
     return {**OmegaConf.to_container(OmegaConf.load(words[0])), **dict(given_options(words[1:]))}
+
+
+def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], dict[str, Any] | list[str]]:
+    """Take the `ogpsa_*` options out of what a run is given.
+
+    Args:
+        words: a dict of options, or a command line, perhaps with a file.
+
+    Returns:
+        the OGPSA options by name, values of a command line read as YAML; and the rest for v1's parser.
+    """
+    if isinstance(words, dict):
+        options = {name: value for name, value in words.items() if name.startswith(PREFIX)}
+        return options, {name: value for name, value in words.items() if name not in options}
+
+    told = {name: value for name, value in given_options(words) if name.startswith(PREFIX)}
+    told = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in told.items()}
+    rest, skip = [], False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        ours = name.removeprefix("--").replace("-", "_").startswith(PREFIX) and (bool(equals) or word.startswith("--"))
+        if not ours and not skip:
+            rest.append(word)
+        skip = ours and not equals
+    if not is_file(words):
+        return told, rest
+
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(rest[1:]))
+    options, others = split_options(OmegaConf.to_container(config))
+    return {**options, **told}, others
+
+
+def check_asking(asking: list[str], stage: Stage | None) -> None:
+    """Refuse OGPSA where v1 has no place for it, and the classic trainer's way to ask for it.
+
+    Raises:
+        ValueError: names what was given and what is allowed.
+    """
+    names = ", ".join(f"`{name}`" for name in asking)
+    given = f"{names} {'is' if len(asking) == 1 else 'are'} given"
+    if stage is None:
+        raise ValueError(
+            f"{given}, but this command of LLaMA-Factory's v1 trainer has no OGPSA; allowed: `llamafactory-cli sft`, "
+            f"or a run without {'it' if len(asking) == 1 else 'them'}."
+        )
+    classic = [name for name in asking if ":" in name]
+    if classic:
+        raise ValueError(
+            f"`{classic[0]}` is given, but LLaMA-Factory's v1 trainer takes the stage from its command; allowed: "
+            f"`llamafactory-cli {stage.name}` with `ogpsa_dataset`, or `USE_V1` unset."
+        )
+
+
+def make_settings(options: dict[str, Any], stage: str) -> Settings:
+    """Check the options of a run and fill in their defaults.
+
+    Args:
+        options: by name.
+        stage: the stage that runs.
+
+    Raises:
+        ValueError: names the option, what was given and what is allowed.
+    """
+    for name in options:
+        if name not in OPTIONS:
+            raise ValueError(f"`{name}` is given, which OGPSA does not have; allowed: {', '.join(OPTIONS)}.")
+    arguments = SimpleNamespace(**{name: options.get(name) for name in OPTIONS}, stage=stage, plot_loss=False)
+    if arguments.ogpsa_save_state is None:
+        arguments.ogpsa_save_state = False
+    resolve(arguments)
+    if arguments.ogpsa_save_state:
+        raise ValueError(
+            "`ogpsa_save_state` is True, but the checkpoints of LLaMA-Factory's v1 trainer have no place for it; "
+            "allowed: False."
+        )
+    return Settings.from_arguments(arguments)
+
+
+def refuse_arguments(model_args: Any, training_args: Any) -> None:
+    """Refuse by name what OGPSA does not do in v1.
+
+    Raises:
+        ValueError: names the option, its value, and what is allowed.
+    """
+    config = training_args.dist_config or {}
+    cp_size = max(config.get("cp_size", 1), getattr(training_args, "cp_size", 1))
+    given = {
+        "dist_config.name": (config.get("name"), (None, "fsdp2")),
+        "cp_size": (cp_size, (1,)),
+        "batching_strategy": (str(training_args.batching_strategy), ("normal",)),
+        "resume_from_checkpoint": (training_args.resume_from_checkpoint, (None,)),
+        "quant_config": (model_args.quant_config, (None,)),
+    }
+    for name, (value, allowed) in given.items():
+        if value not in allowed:
+            told = ", ".join("not given" if item is None else str(item) for item in allowed)
+            raise ValueError(
+                f"`{name}` is {value!r}, which OGPSA does not do in LLaMA-Factory's v1 trainer; allowed: {told}."
+            )

@@ -146,6 +146,9 @@ class OgpsaRun:
         with ExitStack() as stack:
             stack.enter_context(preserve_random_state(self.engine.processes.device))
             stack.enter_context(without_noise(self.host.model))
+            # torch.compile would compile again for the shapes and arguments of reference batches, and does not see
+            # hooks (of scope `inputs`) that come after it has compiled.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._check_noise()
             bar = tqdm(desc="OGPSA refresh", unit="batch", leave=False, disable=not self.host.show_progress)
             progress = stack.enter_context(bar)

@@ -1,7 +1,6 @@
 """Backends and trainers that OGPSA does not know: stock runs there go on as they were, OGPSA runs are refused by name."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -70,15 +69,6 @@ def test_a_backend_that_llamafactory_adds(base_args, asking):
         assert process.stdout.splitlines()[-1] == "6 True"
 
 
-def run_v1(*words, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "llamafactory.cli", "sft", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "USE_V1": "1", "CUDA_VISIBLE_DEVICES": "", **env},
-    )
-
-
 @pytest.fixture
 def v1_config(model_dir, data_dir, tmp_path):
     """A run of LLaMA-Factory's v1 trainer; a function that writes it with further options."""
@@ -93,21 +83,6 @@ def v1_config(model_dir, data_dir, tmp_path):
         return str(config)
 
     return write
-
-
-@pytest.mark.cli
-@pytest.mark.parametrize("extra", ["0", "1"])
-def test_v1_refuses_ogpsa_by_name(v1_config, extra):
-    told = [
-        ("`ogpsa_dataset`, `stage: ogpsa_sft` are given", {"stage": "ogpsa_sft", "ogpsa_dataset": "helpful"}, []),
-        ("`ogpsa_rank` is given", {}, ["ogpsa_rank=2"]),
-    ]
-    for message, options, words in told:
-        process = run_v1(v1_config(**options), *words, ALLOW_EXTRA_KEYS=extra)
-        assert process.returncode != 0
-        assert f"ValueError: {message}, but LLaMA-Factory's v1 trainer has no OGPSA; allowed: `USE_V1` unset" in (
-            process.stderr
-        )
 
 
 def test_v1_parses_a_stock_run_as_it_did(v1_config):

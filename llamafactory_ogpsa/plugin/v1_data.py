@@ -1,0 +1,154 @@
+"""Reference sets through the data pipeline of LLaMA-Factory's v1 trainer: DataEngine, renderer, collator."""
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+
+from ..noise import preserve_random_state
+from ..options import Settings
+from ..reference import ReferenceSet
+
+
+class RecordSet(NamedTuple):
+    """A reference set that has been read.
+
+    Attributes:
+        name: its entry in the dataset's YAML, or the name of its file.
+        records: its first `ogpsa_num_samples` records, in v1's format.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+
+
+def read_sets(settings: Settings) -> list[RecordSet]:
+    """Read the reference sets of a run; the random state stays as it was.
+
+    `ogpsa_dataset` names what `train_dataset` does: a YAML, each entry of which is one set, or a file or a dataset of
+    its own.
+
+    Args:
+        settings: the run's.
+
+    Raises:
+        ValueError: a set cannot be read, has no records, or its records are not messages.
+    """
+    from llamafactory.v1.core.data_engine import DataEngine
+
+    sets: list[RecordSet] = []
+    for path in settings.dataset:
+        with preserve_random_state(torch.device("cpu")):
+            try:
+                data = DataEngine(path)
+                found = {} if data.streaming else read_entries(data, settings.num_samples)
+            except Exception as err:
+                raise ValueError(
+                    f"`ogpsa_dataset` has {path!r}, which cannot be read ({type(err).__name__}: {err}); allowed: what "
+                    "`train_dataset` may be in LLaMA-Factory's v1 trainer."
+                ) from err
+        if data.streaming:
+            raise ValueError(f"`ogpsa_dataset` has {path!r}, which is streamed; allowed: sets that are not.")
+        for entry, records in found.items():
+            name = os.path.splitext(os.path.basename(path))[0] if entry == "default" else entry
+            if name in [item.name for item in sets]:
+                raise ValueError(f"`ogpsa_dataset` has a set {name!r} twice; allowed: each name once.")
+            check_records(name, records)
+            sets.append(RecordSet(name, records))
+    return sets
+
+
+def read_entries(data: Any, num_samples: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the first records of every entry of a DataEngine, converted to v1's format."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in data.dataset_infos}
+    for position, (name, _) in enumerate(data.data_index):
+        if len(found[name]) < num_samples:
+            found[name].append(data[position])
+    return found
+
+
+def check_records(name: str, records: list[dict[str, Any]]) -> None:
+    """Refuse a set without records, and one whose records are not messages.
+
+    Raises:
+        ValueError: names the set and what is allowed.
+    """
+    if not records:
+        raise ValueError(f"`ogpsa_dataset` has {name!r}, which has no records; allowed: sets with at least one.")
+    if not all("messages" in record for record in records):
+        raise ValueError(
+            f"`ogpsa_dataset` has {name!r}, whose records have {', '.join(sorted(records[0]))}; allowed: sets of "
+            "messages. Most sets need a `converter` in the YAML."
+        )
+
+
+def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet]) -> list[ReferenceSet]:
+    """Tokenise reference sets by a trainer's renderer, and give each its collator and loss.
+
+    Args:
+        trainer: the v1 trainer.
+        settings: the run's.
+        sets: as `read_sets` returns them.
+
+    Raises:
+        ValueError: a set has no sample with a token to learn, or too few for `ogpsa_rank`.
+    """
+    cutoff_len = trainer.args.cutoff_len
+    made = []
+    for item in sets:
+        samples = trainer.renderer.process_samples(item.records)
+        samples = [sample for sample in samples if count_weight(sample, cutoff_len) > 0]
+        if not samples:
+            raise ValueError(
+                f"`ogpsa_dataset` has {item.name!r}, none of whose first {settings.num_samples} records has a token "
+                f"to learn at cutoff_len {cutoff_len}; allowed: a set with at least one."
+            )
+        made.append(ReferenceSet(item.name, samples, Collator(cutoff_len), TokenLoss(trainer)))
+
+    parts = 1 if settings.scope == "inputs" else -(-(settings.rank or len(made)) // len(made))
+    for reference in made:
+        if len(reference.samples) < parts:
+            raise ValueError(
+                f"`ogpsa_rank` is {settings.rank}, which splits {reference.name!r} into {parts} parts, but it has only "
+                f"{len(reference.samples)} usable samples; allowed: at most {len(reference.samples) * len(made)}."
+            )
+    return made
+
+
+def count_weight(sample: dict[str, Any], cutoff_len: int) -> float:
+    """Return the sum of the loss weights of the tokens that the loss sees; those of a message are 0 or 1 by default."""
+    return float(sum(sample["loss_weights"][1:cutoff_len]))
+
+
+class Collator:
+    """v1's collator, for one batch: pads to the longest sample, and cuts at `cutoff_len`."""
+
+    def __init__(self, cutoff_len: int) -> None:
+        """Keep the length to cut at, in tokens."""
+        self._cutoff_len = cutoff_len
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch."""
+        from llamafactory.v1.core.utils.batching import default_collate_fn
+        from llamafactory.v1.utils.objects import StatefulBuffer
+
+        buffer = StatefulBuffer()
+        buffer.put(samples)
+        shape = {"micro_batch_size": len(samples), "num_micro_batch": 1, "cutoff_len": self._cutoff_len}
+        return default_collate_fn(buffer, shape)[0]
+
+
+class TokenLoss:
+    """v1's SFT loss: the mean over tokens, weighted by their loss weights."""
+
+    def __init__(self, trainer: Any) -> None:
+        """Bind the loss to a trainer."""
+        self._trainer = trainer
+
+    def weigh(self, samples: list[dict[str, Any]]) -> float:
+        """Return the sum of the loss weights."""
+        return sum(count_weight(sample, self._trainer.args.cutoff_len) for sample in samples)
+
+    def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
+        """Return the batch's part of the mean over `total`."""
+        return self._trainer.compute_loss(batch) * (weight / total)
