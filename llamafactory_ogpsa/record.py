@@ -18,7 +18,7 @@ class Recorder:
     """Keeps inputs of the modules whose weights are trained, at all tokens of the reference samples.
 
     Not at the answers alone: what a prompt is turned into is part of what is to be kept. A real model that kept the
-    inputs of answers alone refused three times as many ordinary instructions (docs/inputs.md).
+    inputs of answers alone refused three times as many ordinary instructions (docs/inputs.md, "What was compared").
 
     Attributes:
         tokens: the tokens that reached each embedding, bool `[tokens]`, by the index of its weight.
