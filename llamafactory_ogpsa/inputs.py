@@ -13,9 +13,8 @@ A vector (a norm's gain, a bias) multiplies or shifts single numbers: any change
 reference input, so its gradient is removed whole. Other tensors without a basis keep their gradient.
 """
 
+import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -25,6 +24,8 @@ from .geometry import leading_directions, ratio
 from .kernels.plan import GRADIENT_DTYPES
 from .kernels.rows import RowsKernel, make_rows_kernel, squared_norm
 from .pieces import Segment, find_cuts, split_piece
+from .protected import InputStats, Protected
+from .storage import open_tensors, save_tensors
 
 
 METHODS = ("orthogonal", "monitor")
@@ -35,75 +36,6 @@ MOST_DIRECTIONS = 4096
 
 # A tensor that kept less than this share of its norm is rounding; the residual is measured against that floor.
 _RESIDUAL_FLOOR = 1e-3
-
-
-@dataclass(frozen=True)
-class Protected:
-    """How one trainable tensor is protected.
-
-    Attributes:
-        basis: of a weight matrix, float32 `[k, in]`, orthonormal rows; None without one.
-        transposed: the matrix is `[in, out]`, as transformers' Conv1D has it.
-        width: of an embedding, the elements of a token's row.
-        tokens: of an embedding `[tokens, width]`, bool `[tokens]`: the rows that reference samples use; their gradient
-            is removed whole.
-        frozen: of a vector: its gradient is removed whole.
-        unreached: reference inputs do not reach it (LoRA's `B` where `A` keeps them out), so nothing is removed.
-    """
-
-    basis: torch.Tensor | None = None
-    transposed: bool = False
-    width: int = 0
-    tokens: torch.Tensor | None = None
-    frozen: bool = False
-    unreached: bool = False
-
-    @property
-    def covered(self) -> bool:
-        """True where the tensor is protected."""
-        return self.basis is not None or self.tokens is not None or self.frozen or self.unreached
-
-
-@dataclass(frozen=True)
-class InputStats:
-    """What one projection measured, on the gradient's device; a figure is worked out when it is read.
-
-    Attributes:
-        norm_tensor: `‖G̃‖` of all tensors before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
-        sums: float64 `[tensors, 2]`: of each tensor `‖G‖²` and the part of it that lies in its span.
-        residual_tensor: see `residual`.
-    """
-
-    norm_tensor: torch.Tensor
-    sums: torch.Tensor
-    residual_tensor: torch.Tensor | None
-
-    has_cosines = False
-
-    @property
-    def finite_tensor(self) -> torch.Tensor:
-        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
-        return self.norm_tensor.isfinite()
-
-    @property
-    def finite(self) -> bool:
-        """False where the gradient held inf or NaN and was left as it was."""
-        return bool(self.finite_tensor.item())
-
-    @property
-    def norm(self) -> float:
-        """`‖G̃‖`, before clipping."""
-        return self.norm_tensor.item()
-
-    @property
-    def removed(self) -> float:
-        """`‖G − G̃‖ / ‖G‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
-        return ratio(self.sums[:, 1].sum().sqrt(), self.sums[:, 0].sum().sqrt()).item()
-
-    @cached_property
-    def residual(self) -> float | None:
-        """The largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None if not measured."""
-        return None if self.residual_tensor is None else self.residual_tensor.item()
 
 
 class InputSubspace:
@@ -208,6 +140,47 @@ class InputSubspace:
             if item.unreached:
                 tensors[f"unreached.{name}"] = torch.ones(1, dtype=torch.uint8)
         return tensors
+
+    def save(self, path: str) -> None:
+        """Write the subspace to a safetensors file, under a temporary name first; `load` reads it.
+
+        Args:
+            path: the file.
+        """
+        kept = [
+            {"name": name, "size": size, "transposed": item.transposed, "width": item.width, "frozen": item.frozen}
+            for name, size, item in zip(self.names, self.sizes, self.protected, strict=True)
+        ]
+        save_tensors(path, self.tensors(), {"inputs": json.dumps(kept)})
+
+    @classmethod
+    def load(cls, path: str, device: torch.device | str = "cpu") -> "InputSubspace":
+        """Read a subspace that `save` wrote; it projects as the one that was saved, to the last bit.
+
+        Args:
+            path: the file.
+            device: where the gradients will be.
+
+        Raises:
+            ValueError: the file is missing, damaged or no subspace of this scope.
+        """
+        try:
+            with open_tensors(path) as (read, metadata, stored):
+                if "inputs" not in metadata:
+                    raise ValueError("is no subspace of scope inputs")
+                kept = json.loads(metadata["inputs"])
+                protected = []
+                for item in kept:
+                    name, tokens = item["name"], None
+                    basis = read(f"basis.{name}").to(device) if f"basis.{name}" in stored else None
+                    if f"tokens.{name}" in stored:
+                        tokens = read(f"tokens.{name}").bool().to(device)
+                    flags = {key: item[key] for key in ("transposed", "width", "frozen")}
+                    protected.append(Protected(basis, tokens=tokens, unreached=f"unreached.{name}" in stored, **flags))
+        except ValueError as err:
+            raise ValueError(f"{path} {err}") from err
+        sizes = [item["size"] for item in kept]
+        return cls([item["name"] for item in kept], protected, sizes, torch.device(device))
 
     def find_covered(self) -> list[bool]:
         """Return for each tensor whether it is protected."""

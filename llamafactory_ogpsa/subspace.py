@@ -164,7 +164,7 @@ class Subspace:
         save_tensors(path, self.tensors(), {"subspace": json.dumps(kept)})
 
     @classmethod
-    def load(cls, path: str, device: torch.device | str = "cpu") -> "Subspace":
+    def load(cls, path: str, device: torch.device | str = "cpu") -> "Subspace | InputSubspace":
         """Read a subspace that `save` wrote.
 
         Args:
@@ -179,6 +179,8 @@ class Subspace:
         """
         try:
             with open_tensors(path) as (read, metadata, _):
+                if "inputs" in metadata:
+                    return InputSubspace.load(path, device)
                 if "subspace" not in metadata:
                     raise ValueError("is no subspace")
                 kept = json.loads(metadata["subspace"])

@@ -141,3 +141,17 @@ def test_directions_of_dependent_rows_are_as_many_as_there_are():
     assert directions.shape == (2, 6)
     torch.testing.assert_close(directions @ directions.T, torch.eye(2), atol=1e-6, rtol=0)
     assert leading_directions(torch.zeros(3, 6), 5).shape[0] == 0
+
+
+def test_a_subspace_that_is_saved_projects_as_before(tmp_path):
+    subspace = Subspace.from_gradients([random_gradients(1), random_gradients(2)], scope="inputs", rank=3)
+    subspace.save(str(tmp_path / "inputs.safetensors"))
+    gradients, again = random_gradients(3), random_gradients(3)
+    subspace.project_(gradients)
+    Subspace.load(str(tmp_path / "inputs.safetensors")).project_(again)
+    assert all(torch.equal(gradients[name], again[name]) for name in SHAPES)
+
+    other = Subspace.from_gradients([random_gradients(1)])
+    other.save(str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="other.safetensors is no subspace of scope inputs"):
+        InputSubspace.load(str(tmp_path / "other.safetensors"))

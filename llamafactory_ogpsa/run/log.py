@@ -194,8 +194,8 @@ class StepLog:
         if "update" not in self._said:
             self._said.add("update")
             self._warn(
-                f"OGPSA does not log what the optimizer's step does to the reference losses: {optimizer} is not of the "
-                "Adam family, and so many weights are trained that they are not copied."
+                f"OGPSA does not log what the optimizer's step does (`update_*`): {optimizer} is not of the Adam family, "
+                "and so many weights are trained that they are not copied."
             )
 
     def _warn(self, message: str) -> None:

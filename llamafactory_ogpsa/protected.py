@@ -1,0 +1,77 @@
+"""How scope `inputs` protects one tensor, and what one projection of it measured."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from .geometry import ratio
+
+
+@dataclass(frozen=True)
+class Protected:
+    """How one trainable tensor is protected.
+
+    Attributes:
+        basis: of a weight matrix, float32 `[k, in]`, orthonormal rows; None without one.
+        transposed: the matrix is `[in, out]`, as transformers' Conv1D has it.
+        width: of an embedding, the elements of a token's row.
+        tokens: of an embedding `[tokens, width]`, bool `[tokens]`: the rows that reference samples use; their gradient
+            is removed whole.
+        frozen: of a vector: its gradient is removed whole.
+        unreached: reference inputs do not reach it (LoRA's `B` where `A` keeps them out), so nothing is removed.
+    """
+
+    basis: torch.Tensor | None = None
+    transposed: bool = False
+    width: int = 0
+    tokens: torch.Tensor | None = None
+    frozen: bool = False
+    unreached: bool = False
+
+    @property
+    def covered(self) -> bool:
+        """True where the tensor is protected."""
+        return self.basis is not None or self.tokens is not None or self.frozen or self.unreached
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """What one projection measured, on the gradient's device; a figure is worked out when it is read.
+
+    Attributes:
+        norm_tensor: `‖G̃‖` of all tensors before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
+        sums: float64 `[tensors, 2]`: of each tensor `‖G‖²` and the part of it that lies in its span.
+        residual_tensor: see `residual`.
+    """
+
+    norm_tensor: torch.Tensor
+    sums: torch.Tensor
+    residual_tensor: torch.Tensor | None
+
+    has_cosines = False
+
+    @property
+    def finite_tensor(self) -> torch.Tensor:
+        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
+        return self.norm_tensor.isfinite()
+
+    @property
+    def finite(self) -> bool:
+        """False where the gradient held inf or NaN and was left as it was."""
+        return bool(self.finite_tensor.item())
+
+    @property
+    def norm(self) -> float:
+        """`‖G̃‖`, before clipping."""
+        return self.norm_tensor.item()
+
+    @property
+    def removed(self) -> float:
+        """`‖G − G̃‖ / ‖G‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
+        return ratio(self.sums[:, 1].sum().sqrt(), self.sums[:, 0].sum().sqrt()).item()
+
+    @cached_property
+    def residual(self) -> float | None:
+        """The largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None if not measured."""
+        return None if self.residual_tensor is None else self.residual_tensor.item()
