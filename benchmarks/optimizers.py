@@ -3,8 +3,8 @@
     python -m benchmarks.optimizers           # the table of docs/optimizers.md
     python -m benchmarks.optimizers --cost    # what measuring an update costs at a logged step
 
-A Qwen2 of 0.8 million parameters is trained on `data/general_base.json`, then for a few steps on
-`data/safety_sft.json` with each optimizer: once with `ogpsa_method: monitor`, whose weights are those of a stock run,
+A Qwen2 of 0.8 million parameters is trained on `data/tiny/general_base.json`, then for a few steps on
+`data/tiny/safety_sft.json` with each optimizer: once with `ogpsa_method: monitor`, whose weights are those of a stock run,
 and once with `orthogonal`. Figures are means over the steps but the first.
 """
 
@@ -23,7 +23,7 @@ from .timing import measure, peak_memory
 from .workload import make_model
 
 
-DATA = Path(__file__).resolve().parents[1] / "data"
+DATA = Path(__file__).resolve().parents[1] / "data" / "tiny"
 REFERENCES = ("general_helpful", "general_truthful")
 # Each with a rate at which the training loss falls steadily.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
