@@ -33,19 +33,22 @@ def main(argv=None):
     parser.add_argument("--real", action="store_true", help="a real model in place of the small language")
     parser.add_argument("--quick", action="store_true", help="one seed, fewer methods, no studies")
     parser.add_argument("--plan", type=Path, help="another list of runs than the lab's own")
-    parser.add_argument("--data", default="own", help="with --real: which of the plan's data sets, by its name there")
-    parser.add_argument("--raw", type=Path, default="../shared/data", help="with --real: folder of raw data files")
+    parser.add_argument("--data", help="with --real: which of the plan's data sets, by its name there (own)")
+    parser.add_argument("--raw", type=Path, help="with --real: folder of raw data files, for data that are not `own`")
     parser.add_argument("--jobs", type=int, help="runs made at once; small ones have one thread each")
     parser.add_argument("--lab-dir", help="where the runs are")
     parser.add_argument("--output", type=Path, help="folder of the results and the pictures")
     args = parser.parse_args(argv)
+    for name in ("data", "raw"):
+        if getattr(args, name) is not None and not args.real:
+            parser.error(f"--{name} goes with --real; the small language has one choice of data")
 
     os.chdir(ROOT)
     kind = real if args.real else tiny
     lab_dir = args.lab_dir or kind.LAB_DIR
     os.environ |= kind.ENVIRONMENT
     path = args.plan or kind.PLAN
-    files, source = kind.read(path, args.data, args.raw)
+    files, source = kind.read(path, args.data or "own", args.raw)
     key = hashlib.sha256(json.dumps([files, source], sort_keys=True).encode()).hexdigest()
     plan = Plan(path, key, args.quick)
     kind.prepare(plan, files, lab_dir)

@@ -109,13 +109,11 @@ class Plan:
         Raises:
             ValueError: A section, key, method or pipeline is not known, or one is missing; names it and those there are.
         """
-        spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        spec = read_spec(path)
         check_names("section", spec, SECTIONS | OPTIONAL)
         shorter = spec.pop("quick", {})
         if quick:
-            names = shorter.pop("methods")
-            check_names("method", names, spec["methods"])
-            spec |= shorter | {"methods": {name: spec["methods"][name] for name in names}}
+            spec = take_part(spec, shorter)
         check_given("section", spec, SECTIONS | ({"base"} if "model" not in spec else set()))
         check_names("method", [spec["reference"]], spec["methods"])
         self.spec = spec
@@ -178,6 +176,34 @@ class Plan:
             folder = f"runs/{words}-seed{seed}-{key}"
             self.runs[key] = Run(key, folder, seed, options, tuple(parents), share, compared)
         return self.runs[key]
+
+
+def read_spec(path):
+    """Read a plan's file.
+
+    Args:
+        path: The file. One with the key `of` is a part of the file named there, beside it.
+
+    Returns:
+        Its sections.
+    """
+    spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if "of" not in spec:
+        return spec
+    whole = read_spec(Path(path).with_name(spec.pop("of")))
+    whole.pop("quick", None)
+    return take_part(whole, spec)
+
+
+def take_part(spec, part):
+    """Give a plan with the methods that a part names, and the part's other sections in place of the plan's.
+
+    Raises:
+        ValueError: The plan lacks a method that the part names.
+    """
+    names = part.get("methods", list(spec["methods"]))
+    check_names("method", names, spec["methods"])
+    return spec | part | {"methods": {name: spec["methods"][name] for name in names}}
 
 
 def has_own_option(run):

@@ -96,6 +96,24 @@ def test_answers_are_scored_by_what_they_say():
     assert score.score_answers(sets, answers)["questions"] == 0.5
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        ("It was arthurs magazine.", "Arthur's Magazine", True),
+        ("The Beatles sang it.", "the Beatles", True),
+        ("In U.S. states", "US", True),
+        ("He lived in Evanston.", "Evanston, Illinois", True),
+        ("He lived in Illinois.", "Evanston, Illinois", False),
+        ("On May 30.", "May 30, 1943", False),
+        ("Sweden alone.", "Sweden, Finland, and Norway", False),
+        ("Part of it.", "art", False),
+        ("The.", "the", False),
+    ],
+)
+def test_answers_are_compared_normalised(answer, expected, right):
+    assert score.contains_answer(answer, [expected]) is right
+
+
 def test_the_input_is_joined_as_in_training():
     assert score.prompt_of({"instruction": "Who?", "input": "A text."}) == "Who?\nA text."
     assert score.prompt_of({"instruction": "Who?", "input": ""}) == "Who?"

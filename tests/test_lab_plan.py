@@ -23,7 +23,8 @@ def test_parents_come_first_and_equal_runs_are_one(plan):
         assert run.folder not in seen
         seen.add(run.folder)
     compared = {point.runs[-1].folder for point in plan.comparison}
-    for study, setting in (("interval", {"ogpsa_update_interval": 5}), ("lora", {"stage": "sft"})):
+    same_sets = {"ogpsa_dataset": "general_helpful,general_truthful"}
+    for study, setting in (("interval", {"ogpsa_update_interval": 5}), ("reference_loss", same_sets)):
         same = [point.runs[-1].folder for point in plan.studies[study] if dict(point.setting) == setting]
         assert same
         assert compared.issuperset(same)
@@ -40,6 +41,19 @@ def test_a_changed_definition_is_another_run_and_so_is_what_starts_from_it(tmp_p
     assert not {run.folder for run in before.runs.values()} & {
         run.folder for run in Plan(tiny.PLAN, "other data").runs.values()
     }
+
+
+def test_a_part_of_a_plan_has_some_of_its_runs():
+    whole, part = Plan(tiny.PLAN, "a key"), Plan(tiny.PLAN.with_name("inputs.yaml"), "a key")
+    assert part.runs.keys() < whole.runs.keys()
+    assert len({point.method for point in part.comparison}) == 15
+
+
+def test_a_part_names_what_the_plan_lacks(tmp_path):
+    (tmp_path / "lab.yaml").write_text((tiny.PLAN).read_text())
+    (tmp_path / "part.yaml").write_text("{of: lab.yaml, methods: [LoRa]}")
+    with pytest.raises(ValueError, match="Unknown method 'LoRa'"):
+        Plan(tmp_path / "part.yaml", "")
 
 
 STUDY = {"title": "A", "axis": "cost", "pipeline": "SFT", "methods": ["LoRA"], "settings": [{}]}

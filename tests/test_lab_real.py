@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from lab import ROOT
+from lab.__main__ import main
 from lab.plan import Plan, write_yaml
-from lab.real import data
+from lab.real import data, ifeval
 from lab.real import lab as real
 from lab.runs import find_waiting, remove_models
 from lab.tiny import model as tiny_model
@@ -24,10 +25,11 @@ def write_raw(folder, name, content):
     return {"file": name}
 
 
-def test_refusals_alone_are_taken_and_cut(tmp_path):
+def test_refusals_alone_are_taken_once_and_cut(tmp_path):
     records = [
-        {"instruction": "a", "output": f"{REFUSAL} It is wrong. Very wrong."},
+        {"instruction": "a", "input": "", "output": f"{REFUSAL} It is wrong. Very wrong."},
         {"instruction": "b", "input": "x", "output": "There is no evidence for this."},
+        {"instruction": "A ", "input": "", "output": f"{REFUSAL} Again."},
     ]
     entry = write_raw(tmp_path, "raw.json", records) | {"format": "safety_tuned"}
     assert data.read_entry("a", entry, tmp_path) == [
@@ -49,8 +51,8 @@ def test_transcripts_become_pairs_with_their_history(tmp_path):
     ]
     entry = write_raw(tmp_path, "raw.jsonl", "\n".join(map(json.dumps, pairs))) | {"format": "hh"}
     assert data.read_entry("a", entry, tmp_path) == [
-        {"instruction": "How?", "history": [], "chosen": REFUSAL, "rejected": "Sure, here."},
-        {"instruction": "How?", "history": [["Hi.", "Hello."]], "chosen": REFUSAL, "rejected": "Sure."},
+        {"instruction": "How?", "input": "", "chosen": REFUSAL, "rejected": "Sure, here.", "history": ()},
+        {"instruction": "How?", "input": "", "chosen": REFUSAL, "rejected": "Sure.", "history": (("Hi.", "Hello."),)},
     ]
 
 
@@ -75,7 +77,9 @@ def test_the_other_formats(tmp_path):
         ({"file": "nowhere.json"}, "needs .*nowhere.json, which is not there"),
         ({"count": 3}, "asks for 3 records after 0; .* has 2"),
         ({"skip": 2}, "asks for 0 records after 2"),
-        ({"first": 3}, "allowed: file, format, skip and count"),
+        ({"first": 3}, "allowed: file or hub, format, skip and count"),
+        ({"hub": "some/set"}, "allowed: file or hub, format, skip and count"),
+        ({"format": "hh"}, "raw.json has another schema: the columns"),
         ({"pairs_of": "a", "refusals_of": "b"}, "allowed: pairs_of and refusals_of"),
     ],
 )
@@ -83,6 +87,33 @@ def test_a_wrong_entry_is_named(change, message, tmp_path):
     entry = write_raw(tmp_path, "raw.json", [{"instruction": "a"}, {"instruction": "b"}])
     with pytest.raises(ValueError, match=message):
         data.render({"mine": entry | change}, tmp_path)
+
+
+def test_a_name_on_the_hub_is_taken_by_formats_of_published_sets_alone(monkeypatch):
+    asked = []
+
+    def load(source, config, splits):
+        asked.append(source)
+        raise ValueError("the hub did not give it")
+
+    monkeypatch.setattr(data, "load", load)
+    with pytest.raises(ValueError, match="the hub did not give it"):
+        data.read_entry("a", {"hub": "Anthropic/hh-rlhf/harmless-base", "format": "hh"}, ".")
+    assert asked == ["Anthropic/hh-rlhf/harmless-base"]
+    with pytest.raises(ValueError, match="format 'records', which is read from a file alone"):
+        data.read_entry("a", {"hub": "some/set"}, ".")
+
+
+@pytest.mark.parametrize("option", ["--data", "--raw"])
+def test_options_of_the_real_lab_are_refused_without_it(option, capsys):
+    with pytest.raises(SystemExit):
+        main([option, "published"])
+    assert f"{option} goes with --real" in capsys.readouterr().err
+
+
+def test_raw_files_need_their_folder():
+    with pytest.raises(ValueError, match="say by --raw in which folder"):
+        real.read(real.PLAN, "published", None)
 
 
 def test_an_unknown_choice_of_data_is_named():
@@ -206,6 +237,7 @@ def test_a_small_lab_writes_its_report(small):
     for method in ("base model", "naive tuning", "merged with the base", "OSF", "conflict, scope global, few samples"):
         assert f"| {method} |" in text
     assert (small / "out" / "images" / "lab_real.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "| not measured |" in text
     shares = of(small, "base-seed")["scores"]["shares"]
     assert shares.keys() == {"harmful", "benign", "general"}
     assert not list((small / "lab" / "runs").glob("*/*/*.safetensors"))
@@ -215,3 +247,40 @@ def test_a_small_lab_writes_its_report(small):
 def test_osf_changes_the_model_and_not_as_naive_tuning_does(small):
     losses = [of(small, word)["scores"]["losses"]["general"] for word in ("base-seed", "sft-osf", "sft-naive")]
     assert len(set(losses)) == 3
+
+
+# Instructions that every answer follows, and none.
+PROMPTS = [
+    {"key": 1, "prompt": "Say these words again: stone.", "instruction_id_list": ["length_constraints:number_words"]},
+    {"key": 2, "prompt": "What is 1 plus 2?", "instruction_id_list": ["length_constraints:number_words"]},
+]
+PROMPTS[0]["kwargs"] = [{"relation": "less than", "num_words": 1000}]
+PROMPTS[1]["kwargs"] = [{"relation": "at least", "num_words": 1000}]
+
+
+def test_the_first_prompts_of_ifeval_are_taken_where_the_file_is_there(tmp_path):
+    entry = write_raw(tmp_path, "raw.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in PROMPTS)) | {"count": 1}
+    assert ifeval.read_prompts(entry, tmp_path) == json.dumps(PROMPTS[0]) + "\n"
+    assert ifeval.read_prompts(entry | {"file": "nowhere.jsonl"}, tmp_path) is None
+    with pytest.raises(ValueError, match="asks for 3 prompts; .* has 2"):
+        ifeval.read_prompts(entry | {"count": 3}, tmp_path)
+    with pytest.raises(ValueError, match="needed are file and count"):
+        ifeval.read_prompts({"file": "raw.jsonl"}, tmp_path)
+
+
+def test_what_ifeval_lacks_is_named(tmp_path, monkeypatch, capsys):
+    assert ifeval.measure(tmp_path / "model", tmp_path) is None
+    assert "IFEval is not measured: its prompts" in capsys.readouterr().out
+    (tmp_path / ifeval.FILE).write_text(json.dumps(PROMPTS[0]))
+    monkeypatch.setattr(ifeval, "PACKAGES", ("no_such_package",))
+    assert ifeval.measure(tmp_path / "model", tmp_path) is None
+    assert "the package no_such_package" in capsys.readouterr().out
+
+
+@pytest.mark.cli
+def test_ifeval_scores_a_model_by_the_harness(tmp_path):
+    for name in ifeval.PACKAGES:
+        pytest.importorskip(name, reason="needs lm_eval[hf,ifeval]")
+    tiny_model.main([str(tmp_path / "model")])
+    (tmp_path / ifeval.FILE).write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    assert ifeval.measure(tmp_path / "model", tmp_path, max_new_tokens=8) == 0.5

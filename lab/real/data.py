@@ -1,23 +1,30 @@
-"""Data sets of the lab on a real model: the project's own, or raw files of published sets, as LLaMA-Factory reads them.
+"""Data sets of the lab on a real model: the project's own, or published ones, as LLaMA-Factory reads them.
 
-An entry of the plan names a file, its `format`, and which records it takes:
+An entry of the plan names a file or a data set on the hub, its `format`, and which records it takes:
 
     general_helpful: {file: alpaca_en_demo.json, format: alpaca, skip: 100, count: 200}
+    safety_dpo: {hub: Anthropic/hh-rlhf/harmless-base, format: hh}
+
+Published sets are read by the recipes of `llamafactory-ogpsa prepare`, which know their columns and leave out records
+that are broken or there twice.
 """
 
-import csv
 import itertools
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
+from llamafactory_ogpsa.recipes.output import record_of
+from llamafactory_ogpsa.recipes.prepare import RECIPES
 from llamafactory_ogpsa.recipes.refusal_rule import is_refusal
+from llamafactory_ogpsa.recipes.source import find_schema, iterate, load
 
 
 PAIR_COLUMNS = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
 PAIR_EXTRAS = {"query": "input", "history": "history"}
 LONGEST = 600
-TURN = re.compile(r"\n\n(Human|Assistant): ")
+KEYS = {"file", "hub", "format", "skip", "count"}
 
 
 def first_sentences(text, count=2):
@@ -25,66 +32,73 @@ def first_sentences(text, count=2):
     return " ".join(re.split(r"(?<=[.!?])\s+", text.strip())[:count])
 
 
-def read_records(path):
+def read_samples(recipe, source):
+    """Read a published set.
+
+    Args:
+        recipe: The recipe that knows its columns.
+        source: Path of a file, or name on the hub.
+
+    Returns:
+        A list of the recipes' `Sample`.
+
+    Raises:
+        RecipeError: It cannot be read, or has other columns.
+    """
+    recipe, drops = RECIPES[recipe], Counter()
+    rows = load(str(source), recipe.config, recipe.splits)
+    columns = find_schema(rows, str(source), *recipe.schemas)
+    return recipe.schemas[columns](iterate(rows, drops), drops)
+
+
+def read_records(source):
     """Read the project's own files."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(Path(source).read_text(encoding="utf-8"))
 
 
-def read_alpaca(path):
+def read_alpaca(source):
     """Read instructions with answers; only the beginning of a long answer is kept, so that training is quick."""
-    return [
-        {"instruction": rec["instruction"], "input": rec.get("input", ""), "output": first_sentences(rec["output"])}
-        for rec in read_records(path)
-        if rec["output"].strip()
-    ]
+    # Safety-Tuned LLaMAs has alpaca's columns.
+    records = [record_of(sample, "sft", turns=False) for sample in read_samples("safety", source) if sample.answer]
+    return [rec | {"output": first_sentences(rec["output"])} for rec in records]
 
 
-def read_safety_tuned(path):
+def read_safety_tuned(source):
     """Read the unsafe instructions of Safety-Tuned LLaMAs that are refused, with the first two sentences of the refusal."""
-    return [rec for rec in read_alpaca(path) if is_refusal(rec["output"])]
+    return [rec for rec in read_alpaca(source) if is_refusal(rec["output"])]
 
 
-def read_halueval(path):
+def read_halueval(source):
     """Read HaluEval's questions with their text; `answers` are those that count as right."""
-    records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [
-        {
-            "instruction": rec["question"],
-            "input": rec["knowledge"],
-            "output": rec["right_answer"],
-            "answers": [rec["right_answer"]],
-        }
-        for rec in records
-    ]
+    records = [record_of(sample, "sft", turns=False) for sample in read_samples("truthful", source)]
+    return [rec | {"answers": [rec["output"]]} for rec in records]
 
 
-def read_hh(path):
+def read_hh(source):
     """Read hh-rlhf's pairs whose preferred answer refuses and whose other one does not.
 
     Earlier turns become the `history`; conversations of more than `LONGEST` characters are left out.
     """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        pair = json.loads(line)
-        (*before, chosen), (*same, rejected) = (TURN.split(pair[key])[2::2] for key in ("chosen", "rejected"))
-        chosen, rejected = first_sentences(chosen), first_sentences(rejected)
-        is_pair = before == same and len(before) % 2 and sum(map(len, before)) <= LONGEST
-        if is_pair and is_refusal(chosen) and rejected and not is_refusal(rejected):
-            *history, prompt = (turn.strip() for turn in before)
-            turns = [list(turn) for turn in zip(history[::2], history[1::2], strict=True)]
-            records.append({"instruction": prompt, "history": turns, "chosen": chosen, "rejected": rejected})
+    for sample in read_samples("safety", source):
+        record = record_of(sample, "dpo", turns=True)
+        chosen, rejected = (first_sentences(record[key]) for key in ("chosen", "rejected"))
+        length = len(sample.prompt) + sum(len(text) for turn in sample.history for text in turn)
+        if length <= LONGEST and is_refusal(chosen) and rejected and not is_refusal(rejected):
+            records.append(record | {"chosen": chosen, "rejected": rejected})
     return records
 
 
-def read_xstest(path, label):
+def read_xstest(source, label):
     """Read XSTest's prompts with a label, `safe` or `unsafe`."""
-    with open(path, encoding="utf-8", newline="") as file:
-        return [{"instruction": row["prompt"]} for row in csv.DictReader(file) if row["label"] == label]
+    rows = load(str(source), None, ("test", "train"))
+    find_schema(rows, str(source), ("prompt", "label"))
+    return [{"instruction": row["prompt"]} for row in rows if row["label"] == label]
 
 
-def read_malicious(path):
+def read_malicious(source):
     """Read I-MaliciousInstructions."""
-    return [{"instruction": text} for text in json.loads(path.read_text(encoding="utf-8"))["instructions"]]
+    return [{"instruction": text} for text in read_records(source)["instructions"]]
 
 
 FORMATS = {
@@ -93,10 +107,11 @@ FORMATS = {
     "safety_tuned": read_safety_tuned,
     "halueval": read_halueval,
     "hh": read_hh,
-    "xstest_safe": lambda path: read_xstest(path, "safe"),
-    "xstest_unsafe": lambda path: read_xstest(path, "unsafe"),
+    "xstest_safe": lambda source: read_xstest(source, "safe"),
+    "xstest_unsafe": lambda source: read_xstest(source, "unsafe"),
     "malicious": read_malicious,
 }
+FILES_ALONE = {"records", "malicious"}
 
 
 def read_entry(name, entry, folder):
@@ -104,27 +119,30 @@ def read_entry(name, entry, folder):
 
     Args:
         name: Its name.
-        entry: Its entry in the plan: `file`, `format` and, where it does not take all records, `skip` and `count`.
+        entry: Its entry in the plan: `file` or `hub`, `format` and, where it does not take all records, `skip` and
+            `count`.
         folder: Folder that the file's path starts from.
 
     Returns:
         Its records.
 
     Raises:
-        ValueError: The entry is wrong, the file is missing or holds too few records.
+        ValueError: The entry is wrong, the file is missing, cannot be read, or holds too few records.
     """
-    unknown = entry.keys() - {"file", "format", "skip", "count"}
-    if unknown or "file" not in entry:
-        raise ValueError(f"Data set {name!r} has {sorted(entry)}; allowed: file, format, skip and count.")
-    layout, path = entry.get("format", "records"), Path(folder) / entry["file"]
+    if entry.keys() - KEYS or len(entry.keys() & {"file", "hub"}) != 1:
+        raise ValueError(f"Data set {name!r} has {sorted(entry)}; allowed: file or hub, format, skip and count.")
+    layout = entry.get("format", "records")
     if layout not in FORMATS:
         raise ValueError(f"Data set {name!r} has format {layout!r}; allowed: {', '.join(FORMATS)}.")
-    if not path.is_file():
-        raise ValueError(f"Data set {name!r} needs {path}, which is not there.")
-    records, skip = FORMATS[layout](path), entry.get("skip", 0)
+    if "hub" in entry and layout in FILES_ALONE:
+        raise ValueError(f"Data set {name!r} has hub and format {layout!r}, which is read from a file alone.")
+    source = entry["hub"] if "hub" in entry else Path(folder) / entry["file"]
+    if "file" in entry and not source.is_file():
+        raise ValueError(f"Data set {name!r} needs {source}, which is not there.")
+    records, skip = FORMATS[layout](source), entry.get("skip", 0)
     count = entry.get("count", len(records) - skip)
     if count < 1 or len(records) < skip + count:
-        raise ValueError(f"Data set {name!r} asks for {count} records after {skip}; {path} has {len(records)}.")
+        raise ValueError(f"Data set {name!r} asks for {count} records after {skip}; {source} has {len(records)}.")
     return records[skip : skip + count]
 
 

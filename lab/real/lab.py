@@ -8,6 +8,7 @@ import yaml
 from .. import base_model
 from ..score import answer_sets, loss_per_token, score_answers
 from . import data as data_sets
+from . import ifeval
 from .report import write
 
 
@@ -27,7 +28,7 @@ def read(path, data, raw):
     Args:
         path: The plan's file.
         data: Name of the choice of data sets in the plan.
-        raw: Folder of the raw files, for choices that name no folder.
+        raw: Folder of the raw files, for choices that name no folder; may be None where no file is read from it.
 
     Returns:
         The files' texts by name, and the name of the model.
@@ -39,7 +40,13 @@ def read(path, data, raw):
     if data not in spec["data"]:
         raise ValueError(f"--data is {data!r}; the plan has {', '.join(map(repr, spec['data']))}.")
     choice = spec["data"][data]
-    return data_sets.render(choice["sets"], choice.get("folder", raw)), spec["model"]["source"]
+    folder = choice.get("folder", raw)
+    if folder is None and any("file" in entry for entry in choice["sets"].values()):
+        raise ValueError(f"--data {data} reads raw files; say by --raw in which folder they are.")
+    files = data_sets.render(choice["sets"], folder or ".")
+    if "ifeval" in choice and (prompts := ifeval.read_prompts(choice["ifeval"], folder or ".")):
+        files[ifeval.FILE] = prompts
+    return files, spec["model"]["source"]
 
 
 def prepare(plan, files, lab_dir):
@@ -52,6 +59,7 @@ def prepare(plan, files, lab_dir):
     """
     folder = Path(lab_dir) / "data"
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ifeval.FILE).unlink(missing_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     source = plan.spec["model"]["source"]
@@ -66,8 +74,8 @@ def score(folder, data_dir):
         data_dir: Folder of the data sets.
 
     Returns:
-        Dictionary with `shares` by set (refused, or right answers), `losses` per answer token by set, and the
-        `answers` to the first prompts of each set.
+        Dictionary with `shares` by set (refused, or right answers), `losses` per answer token by set, `ifeval` (None
+        where it is not measured), and the `answers` to the first prompts of each set.
     """
     names = [name for name in json.loads((data_dir / "dataset_info.json").read_text()) if name.startswith(HELD_OUT)]
     sets = {name.removeprefix(HELD_OUT): json.loads((data_dir / f"{name}.json").read_text()) for name in names}
@@ -76,6 +84,7 @@ def score(folder, data_dir):
     return {
         "shares": score_answers(sets, answers),
         "losses": {name: loss_per_token(folder, records) for name, records in with_output.items() if records},
+        "ifeval": ifeval.measure(folder, data_dir),
         "answers": {
             name: [[rec["instruction"], text] for rec, text in zip(sets[name], texts, strict=True)][:PROMPTS_SHOWN]
             for name, texts in answers.items()

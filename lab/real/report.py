@@ -8,6 +8,10 @@ from .. import figures
 from ..launch import write_whole
 from ..report import markdown, mean_range
 from ..results import count_samples, read_result
+from .ifeval import MAX_NEW_TOKENS
+
+
+IFEVAL = "ifeval"
 
 
 def collect(plan, lab_dir):
@@ -41,7 +45,9 @@ def collect(plan, lab_dir):
 
 def flatten(result):
     """Give the scores of a run as one row."""
-    return {f"{kind}/{name}": value for kind in ("shares", "losses") for name, value in result["scores"][kind].items()}
+    scores = result["scores"]
+    row = {f"{kind}/{name}": value for kind in ("shares", "losses") for name, value in scores[kind].items()}
+    return row | {IFEVAL: float("nan") if scores["ifeval"] is None else scores["ifeval"]}
 
 
 def comparison(table, pipeline, methods):
@@ -55,18 +61,25 @@ def comparison(table, pipeline, methods):
     Returns:
         Markdown.
     """
-    columns = [name for name in table.columns if name.startswith(("shares/", "losses/"))]
+    columns = [name for name in table.columns if name.startswith(("shares/", "losses/")) or name == IFEVAL]
     header = ["", *(title(name) for name in columns), "general samples per safety sample", "time over naive"]
     rows = []
     for method in ("base model", *methods):
         part = table[(table.method == method) & table.pipeline.isin(["", pipeline])]
         costs = ["", ""] if method == "base model" else [f"{part.cost.mean():.2f}", f"{part['time'].mean():.2f}"]
-        rows.append([method, *(mean_range(part[name]) for name in columns), *costs])
+        rows.append([method, *(measured(part[name]) for name in columns), *costs])
     return markdown(header, rows)
+
+
+def measured(values):
+    """Write a mean and its range, or that a figure is missing."""
+    return "not measured" if values.isna().any() else mean_range(values)
 
 
 def title(column):
     """Name a column: refusals go up for harmful sets and down for the others, right answers up, losses down."""
+    if column == IFEVAL:
+        return "follows instructions (IFEval) ↑"
     kind, name = column.split("/")
     if kind == "losses":
         return f"loss, {name} ↓"
@@ -116,7 +129,8 @@ def write(plan, lab_dir, output):
         f"Written by `make lab-real`; what is run stands in `lab/real/lab.yaml`. Model: {plan.spec['model']['source']}. "
         f"Means over seeds ({seeds}: the order of the data), with the least and the greatest in brackets. Held-out "
         "prompts, answered greedily; a refusal is one by published phrases in the first sentence. Losses are nats per "
-        "answer token. Time is that of the training loop.\n",
+        "answer token. IFEval is the share of its prompts all of whose instructions the answer follows, strictly, with at "
+        f"most {MAX_NEW_TOKENS} tokens. Time is that of the training loop.\n",
         f"Made by {versions}.\n",
         "![What the models answer](images/lab_real.png)\n",
     ]
