@@ -168,8 +168,8 @@ def test_the_script_trains_dpo_on_top_of_sft(model, tuning, method, ask, prepare
             continue
 
         steps, refreshes = read_rows(args["output_dir"])
-        # LoRA's A has no gradient before the first step, hence its second refresh after it.
-        assert [row["step"] for row in refreshes] == ([0] if tuning == "full" else [0, 1])
+        # The first of the two steps warms up at learning rate zero, so LoRA's A has no gradient to refresh for yet.
+        assert [row["step"] for row in refreshes] == [0]
         assert [row["step"] for row in steps] == [1, 2]
         assert all(0 < row["removed"] < 1 for row in steps)
         for row in refreshes:
