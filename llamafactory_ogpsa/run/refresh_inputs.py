@@ -30,6 +30,7 @@ class InputBasis:
         sharded: False: every process has all bases.
         follows_model: False: one refresh before the first step is a setting of its own.
         repeats: False: inputs are there from the start.
+        unreached: the names of every `B` whose `A` was changed so.
     """
 
     parts = 1
@@ -55,7 +56,7 @@ class InputBasis:
         self.rank = settings.rank or DEFAULT_RANK
         self.device, self.kernel = agree(engine, engine.device, settings.kernel)
         self._shapes = [tuple(getattr(param, "ds_shape", param.shape)) for param in engine.parameters]
-        self._unreached: set[int] = set()
+        self.unreached: frozenset[str] = frozenset()
         matrices = [index for index, shape in enumerate(self._shapes) if len(shape) == 2]
         self.num_bytes = sum(4 * min(self.rank, self._most(index)) * self._width(index) for index in matrices)
 
@@ -138,7 +139,7 @@ class InputBasis:
         everywhere = self._engine.processes.totals(zero)
         size = self._engine.processes.size
         fresh = {b for b, count in zip(adapters, everywhere, strict=True) if count == size}
-        self._unreached |= fresh
+        self.unreached |= {self._engine.names[b] for b in fresh}
 
         def keep_out(index: int, rows: torch.Tensor) -> None:
             basis = subspace.protected[index].basis
@@ -149,7 +150,7 @@ class InputBasis:
         self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
 
     def _release(self, index: int, item: Protected) -> Protected:
-        return Protected(unreached=True) if index in self._unreached else item
+        return Protected(unreached=True) if self._engine.names[index] in self.unreached else item
 
     def restore(self, read: Read, names: set[str]) -> InputSubspace:
         """Make the bases of a checkpoint's tensors.
@@ -169,7 +170,6 @@ class InputBasis:
             if kind == "tokens":
                 protected[index] = Protected(width=shape[1], tokens=tensor.bool())
             elif kind == "unreached":
-                self._unreached.add(index)
                 protected[index] = Protected(unreached=True)
             else:
                 if len(shape) != 2 or tensor.shape[1] != self._width(index):
