@@ -106,6 +106,7 @@ class InputSubspace:
                     raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}")
             names.append(name)
             sizes.append(present[0].numel())
+            device = present[0].device
             if present[0].dim() < 2:
                 protected.append(Protected(frozen=True))
                 continue
@@ -114,7 +115,7 @@ class InputSubspace:
             rows = [tensor.double().reshape(-1, width) for tensor in present]
             rows = torch.cat([ratio(row, row.norm()) for row in rows])
             protected.append(Protected(leading_directions(rows, rank)))
-        return cls(names, protected, sizes, present[0].device)
+        return cls(names, protected, sizes, device)
 
     @torch.no_grad()
     def measure(self, changes: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,7 +242,7 @@ class InputSubspace:
         """Return the matrices `[rows, columns]` that a tensor (this process's piece of it) consists of."""
         item = self.protected[index]
         if item.transposed:
-            return [(None, tensor.reshape(tensor.shape[0], -1).T)]
+            return [(None, tensor.view(item.basis.shape[1], -1).T)]
         flat = tensor.view(-1)
         return [(part, flat[part.start : part.stop].view(part.rows, -1)) for part in self._segments[index]]
 

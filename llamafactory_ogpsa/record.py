@@ -1,7 +1,7 @@
 """The inputs that reference samples bring to each weight matrix, from forward passes alone."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,29 @@ from .engines import Engine
 MOST_ROWS = 4096
 
 
+def find_modules(engine: Engine, model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
+    """Return the modules that multiply by a trained matrix or look it up, each with the index of its weight.
+
+    To be called before the first forward pass: while FSDP2 has a module gathered, its weight is another tensor.
+
+    Args:
+        engine: the run's.
+        model: the bare model.
+    """
+    indices = {id(param): index for index, param in enumerate(engine.parameters)}
+    return [
+        (module, indices[id(module.weight)])
+        for module in model.modules()
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or is_transposed(module)
+        if id(module.weight) in indices
+    ]
+
+
+def is_transposed(module: torch.nn.Module) -> bool:
+    """Return whether a module keeps its matrix as `[in, out]`."""
+    return type(module).__name__ == "Conv1D"
+
+
 class Recorder:
     """Keeps inputs of the modules whose weights are trained, at all tokens of the reference samples.
 
@@ -24,23 +47,21 @@ class Recorder:
         tokens: the tokens that reached each embedding, bool `[tokens]`, by the index of its weight.
     """
 
-    def __init__(self, engine: Engine, model: torch.nn.Module, samples: int) -> None:
-        """Find the modules.
+    def __init__(self, modules: Sequence[tuple[torch.nn.Module, int]], samples: int) -> None:
+        """Prepare to record.
 
         Args:
-            engine: the run's.
-            model: the bare model.
+            modules: see `find_modules`.
             samples: the reference samples of all sets, over all processes.
         """
-        self._indices = {id(param): index for index, param in enumerate(engine.parameters)}
-        self._model = model
+        self._modules = modules
         self._per_sample = max(1, MOST_ROWS // max(1, samples))
         self._rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._mask: torch.Tensor | None = None
         self._present: torch.Tensor | None = None
         self._seen: list[tuple[weakref.ref, list[int], torch.Tensor]] = []
+        self._derived: list[weakref.ref] = []
         self.tokens: dict[int, torch.Tensor] = {}
-        self.transposed: set[int] = set()
 
     def begin_batch(self, batch: dict[str, Any], count: int) -> None:
         """Say what the next forward pass is given.
@@ -57,18 +78,14 @@ class Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """While the context is open, keep what reaches the modules."""
-        hooks = []
-        for module in self._model.modules():
-            weight = getattr(module, "weight", None)
-            index = self._indices.get(id(weight))
-            if index is None:
-                continue
-            if isinstance(module, torch.nn.Embedding):
-                hooks.append(module.register_forward_pre_hook(self._make_token_hook(index, module.num_embeddings)))
-            elif isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D":
-                if type(module).__name__ == "Conv1D":
-                    self.transposed.add(index)
-                hooks.append(module.register_forward_pre_hook(self._make_input_hook(index)))
+        hooks = [
+            module.register_forward_hook(
+                self._make_token_hook(index, module.num_embeddings)
+                if isinstance(module, torch.nn.Embedding)
+                else self._make_input_hook(index)
+            )
+            for module, index in self._modules
+        ]
         try:
             yield
         finally:
@@ -76,7 +93,7 @@ class Recorder:
                 hook.remove()
 
     def _make_token_hook(self, index: int, num_tokens: int):
-        def hook(module, args):
+        def hook(module, args, output):
             ids = args[0]
             if self._count == 0:
                 return
@@ -88,8 +105,12 @@ class Recorder:
         return hook
 
     def _make_input_hook(self, index: int):
-        def hook(module, args):
+        def hook(module, args, output):
             if self._count == 0:
+                return
+            if _is_identity(args[0]) or any(derived() is args[0] for derived in self._derived):
+                # DoRA multiplies `B A` by calling its modules on the identity: no sample has brought this input.
+                self._derived.append(weakref.ref(output))
                 return
             for given, indices, _ in self._seen:
                 if given() is args[0]:
@@ -101,11 +122,11 @@ class Recorder:
 
         return hook
 
-    def end_batch(self) -> None:
-        """Keep the rows of the forward pass that has ended."""
-        for _, indices, rows in self._seen:
+    def end_batch(self, finite: bool) -> None:
+        """Keep the rows of the forward pass that has ended, unless its loss was not finite."""
+        for _, indices, rows in self._seen if finite else ():
             self._rows.setdefault(tuple(indices), []).append(rows)
-        self._seen = []
+        self._seen, self._derived = [], []
 
     def _select(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the rows of a module's inputs to keep, `[n, in]`."""
@@ -116,10 +137,28 @@ class Recorder:
         step = -(-rows.shape[0] // (self._per_sample * self._count))
         return rows[:: max(1, step)]
 
-    def inputs(self) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """Yield the indices of the weights that share inputs, and those inputs, `[n, in]`, on the CPU; once each."""
-        for indices in list(self._rows):
-            yield indices, torch.cat(self._rows.pop(indices))
+    @property
+    def shared(self) -> list[tuple[int, ...]]:
+        """The indices of weights that had the same inputs in this process, once for each such input."""
+        return list(self._rows)
+
+    def rows(self, indices: tuple[int, ...], width: int) -> torch.Tensor:
+        """Return the inputs that these weights, and no others, had in common.
+
+        Args:
+            indices: of the weights.
+            width: the elements of an input.
+
+        Returns:
+            the rows, `[n, width]`, on the CPU; none where this process had none.
+        """
+        return torch.cat(self._rows.get(indices, [torch.empty(0, width)]))
+
+
+def _is_identity(inputs: torch.Tensor) -> bool:
+    if inputs.dim() != 2 or inputs.shape[0] != inputs.shape[1]:
+        return False
+    return torch.equal(inputs, torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device))
 
 
 def _thin(present: torch.Tensor, labels: torch.Tensor | None, most: int) -> torch.Tensor:

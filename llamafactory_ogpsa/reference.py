@@ -107,12 +107,12 @@ class ReferencePasses:
             for part in split_parts(chosen, self.parts)
         )
 
-    def run_forward(self, begin_batch: Callable[[dict[str, Any], int], None], end_batch: Callable[[], None]):
+    def run_forward(self, begin_batch: Callable[[dict[str, Any], int], None], end_batch: Callable[[bool], None]):
         """Run the forward passes of all sets, without gradients.
 
         Args:
             begin_batch: called before each with the batch and the number of its samples that count.
-            end_batch: called after each.
+            end_batch: called after each with whether its loss is finite.
 
         Returns:
             the mean loss by the name of the set, over the batches whose loss is finite.
@@ -129,10 +129,11 @@ class ReferencePasses:
                 batch = reference.collate(samples)
                 begin_batch(batch, count)
                 with torch.no_grad():
-                    loss = reference.loss(batch, weight, weight).item()
-                end_batch()
+                    loss = reference.loss(batch, 1.0, 1.0).item()
+                finite = math.isfinite(loss)
+                end_batch(finite)
                 self.on_batch()
-                if count > 0 and math.isfinite(loss):
+                if count > 0 and finite:
                     numbers = [numbers[0] + weight * loss, numbers[1] + weight]
             total, weights = self.engine.processes.totals(numbers)
             if not weights:

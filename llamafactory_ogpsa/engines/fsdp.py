@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from .engine import Weight, trainable_parameters
@@ -46,6 +47,7 @@ class FullyShardedEngine:
         self.offsets = [_offset(param) for param in self.parameters]
         self.dtypes = [param.dtype for param in self.parameters]
         self.num_parameters = sum(param.numel() for param in self.parameters)
+        self._model = model
         self._scaler = scaler
         self.processes = Processes(dist.get_rank(), dist.get_world_size(), device, group)
 
@@ -82,6 +84,10 @@ class FullyShardedEngine:
         pass
 
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
+        # A module that is still gathered would do its next forward pass with the weights of before.
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for index in indices:
             change(index, self.parameters[index].to_local().data)
 

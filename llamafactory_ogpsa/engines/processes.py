@@ -1,6 +1,6 @@
 """The processes of a run, and the three ways in which they communicate."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,13 @@ class Processes:
         total = tensor.to(self.device, copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
+
+    def union(self, items: Iterable[Hashable]) -> list:
+        """Return what any process has of some sortable items, each once, in the same order in every process."""
+        everywhere: list[list] = [list(items)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everywhere, list(items))
+        return sorted({item for own in everywhere for item in own})
 
     def sum_pieces(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum a small tensor over the pieces of the gradients: one collective, the same bits in each process."""

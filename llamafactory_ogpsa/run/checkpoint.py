@@ -11,7 +11,7 @@ import glob
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
 
 from ..engines import Engine
@@ -39,6 +39,7 @@ class RunState:
         uncovered_steps: logged steps in a row, up to this one, with much of the gradient in tensors without direction.
         reference_losses: those of the last refresh, by the name of the set.
         made_by: the options that the basis depends on, by name.
+        unreached: the tensors that reference inputs no longer reach; see `InputBasis`.
         pieces: the number of files that the basis is in; 0 where it was left out.
         format: the version of all this.
     """
@@ -53,6 +54,7 @@ class RunState:
     uncovered_steps: int
     reference_losses: dict
     made_by: dict
+    unreached: list = field(default_factory=list)
     pieces: int = 0
     format: int = _FORMAT
 

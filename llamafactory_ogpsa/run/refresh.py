@@ -25,10 +25,12 @@ class GradientBasis:
         sharded: whether each process has a piece of it.
         follows_model: whether the basis ages as the weights change, so that it should be made again.
         repeats: whether a refresh is repeated where some tensor had no gradient yet.
+        unreached: none; see `InputBasis`.
     """
 
     follows_model = True
     repeats = True
+    unreached = frozenset()
 
     def __init__(self, settings: Settings, num_sets: int, engine: Engine) -> None:
         """Decide where the basis goes; every process calls it."""

@@ -8,7 +8,7 @@ from ..engines import Engine
 from ..geometry import leading_directions
 from ..inputs import DEFAULT_RANK, InputSubspace, Protected
 from ..options import Settings
-from ..record import Recorder
+from ..record import Recorder, find_modules, is_transposed
 from ..reference import ReferencePasses
 from ..storage import Read
 from .placement import agree
@@ -30,6 +30,7 @@ class InputBasis:
         sharded: False: every process has all bases.
         follows_model: False: one refresh before the first step is a setting of its own.
         repeats: False: inputs are there from the start.
+        unreached: the names of every `B` whose `A` was changed so.
     """
 
     parts = 1
@@ -38,20 +39,34 @@ class InputBasis:
     repeats = False
 
     def __init__(self, settings: Settings, engine: Engine, model: torch.nn.Module) -> None:
-        """Look the matrices up; every process calls it."""
+        """Look the matrices up; every process calls it.
+
+        Raises:
+            ValueError: a matrix is kept transposed, and processes share its gradient.
+        """
         self._settings = settings
         self._engine = engine
-        self._model = model
+        self._modules = find_modules(engine, model)
+        self._transposed = {index for module, index in self._modules if is_transposed(module)}
+        if self._transposed and engine.processes.sharded:
+            raise ValueError(
+                f"`ogpsa_scope` is 'inputs', and {engine.names[min(self._transposed)]} is a matrix [in, out] (Conv1D) "
+                "whose gradient is split over the processes (DeepSpeed ZeRO or FSDP); allowed: another scope, or DDP."
+            )
         self.rank = settings.rank or DEFAULT_RANK
         self.device, self.kernel = agree(engine, engine.device, settings.kernel)
         self._shapes = [tuple(getattr(param, "ds_shape", param.shape)) for param in engine.parameters]
-        self._unreached: set[int] = set()
-        matrices = [shape for shape in self._shapes if len(shape) == 2]
-        self.num_bytes = sum(4 * min(self.rank, self._most(shape)) * shape[1] for shape in matrices)
+        self.unreached: frozenset[str] = frozenset()
+        matrices = [index for index, shape in enumerate(self._shapes) if len(shape) == 2]
+        self.num_bytes = sum(4 * min(self.rank, self._most(index)) * self._width(index) for index in matrices)
 
-    def _most(self, shape: tuple[int, ...]) -> int:
+    def _width(self, index: int) -> int:
+        """Return the dimensions of a matrix's inputs."""
+        return self._shapes[index][0 if index in self._transposed else 1]
+
+    def _most(self, index: int) -> int:
         """Return the most directions of a matrix: half of its inputs' dimensions, so that it can learn."""
-        return max(1, shape[1] // 2)
+        return max(1, self._width(index) // 2)
 
     def compute(self, passes: ReferencePasses) -> tuple[InputSubspace, dict[str, float]]:
         """Record the reference inputs at the current weights, and make bases of them.
@@ -59,7 +74,7 @@ class InputBasis:
         Returns:
             the subspace, and the reference losses by the name of the set.
         """
-        recorder = Recorder(self._engine, self._model, sum(map(len, passes.indices)))
+        recorder = Recorder(self._modules, sum(map(len, passes.indices)))
         with recorder.recording():
             losses = passes.run_forward(recorder.begin_batch, recorder.end_batch)
         protected = self._protect(recorder)
@@ -74,18 +89,24 @@ class InputBasis:
         """Make the bases; every process gets the same."""
         processes = self._engine.processes
         protected = [Protected(frozen=len(shape) < 2) for shape in self._shapes]
-        for indices, rows in recorder.inputs():
-            rows = self._gather(rows)
+        # A process may have had no sample, or none that reached an expert: what to sum is agreed on first.
+        shared = processes.union(recorder.shared)
+        inputs_of: dict[int, tuple] = {}
+        for indices in shared:
+            inputs_of |= {index: (*inputs_of.get(index, ()), indices) for index in indices}
+        for sources in dict.fromkeys(inputs_of.values()):
+            indices = [index for index, own in inputs_of.items() if own == sources]
+            width = self._width(indices[0])
+            rows = torch.cat([self._gather(recorder.rows(source, width)) for source in sources])
             directions = leading_directions(rows.to(self._engine.device), self.rank)
             directions = processes.agree(directions)
             for index in indices:
-                transposed = index in recorder.transposed
-                width = self._shapes[index][0 if transposed else 1]
-                own = directions[: max(1, width // 2)].contiguous()
-                protected[index] = Protected(own, transposed)
-        for index, seen in recorder.tokens.items():
+                own = directions[: self._most(index)].contiguous()
+                protected[index] = Protected(own, index in self._transposed)
+        for index in processes.union(recorder.tokens):
             if protected[index].basis is None:
-                seen = processes.sum(seen.to(torch.int32)) > 0
+                none = torch.zeros(self._shapes[index][0], dtype=torch.bool)
+                seen = processes.sum(recorder.tokens.get(index, none).to(torch.int32)) > 0
                 protected[index] = Protected(width=self._shapes[index][1], tokens=seen.to(self._engine.device))
         return protected
 
@@ -118,7 +139,7 @@ class InputBasis:
         everywhere = self._engine.processes.totals(zero)
         size = self._engine.processes.size
         fresh = {b for b, count in zip(adapters, everywhere, strict=True) if count == size}
-        self._unreached |= fresh
+        self.unreached |= {self._engine.names[b] for b in fresh}
 
         def keep_out(index: int, rows: torch.Tensor) -> None:
             basis = subspace.protected[index].basis
@@ -129,7 +150,7 @@ class InputBasis:
         self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
 
     def _release(self, index: int, item: Protected) -> Protected:
-        return Protected(unreached=True) if index in self._unreached else item
+        return Protected(unreached=True) if self._engine.names[index] in self.unreached else item
 
     def restore(self, read: Read, names: set[str]) -> InputSubspace:
         """Make the bases of a checkpoint's tensors.
@@ -149,13 +170,11 @@ class InputBasis:
             if kind == "tokens":
                 protected[index] = Protected(width=shape[1], tokens=tensor.bool())
             elif kind == "unreached":
-                self._unreached.add(index)
                 protected[index] = Protected(unreached=True)
             else:
-                transposed = tensor.shape[1] != shape[-1]
-                if tensor.shape[1] != shape[0 if transposed else -1]:
-                    raise ValueError(f"has {tensor.shape[1]} inputs for {name}, this run {shape[-1]}")
-                protected[index] = Protected(tensor, transposed)
+                if len(shape) != 2 or tensor.shape[1] != self._width(index):
+                    raise ValueError(f"has {tensor.shape[1]} inputs for {name}, this run another number")
+                protected[index] = Protected(tensor, index in self._transposed)
         return self._wrap(protected)
 
     def _wrap(self, protected: list[Protected]) -> InputSubspace:

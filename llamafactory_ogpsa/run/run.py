@@ -189,10 +189,9 @@ class OgpsaRun:
 
         self._noise_checked = True
         for reference in self.sets:
-            weight = max(1.0, reference.loss.weigh(reference.read([0])))
 
-            def loss(reference=reference, weight=weight) -> torch.Tensor:
-                return reference.loss(reference.collate(reference.read([0])), weight, weight)
+            def loss(reference=reference) -> torch.Tensor:
+                return reference.loss(reference.collate(reference.read([0])), 1.0, 1.0)
 
             check_repeatable(self.host.model, loss, self.engine.processes.totals)
 
@@ -292,6 +291,7 @@ class OgpsaRun:
             uncovered_steps=self._step_log.uncovered_steps,
             reference_losses=self.reference_losses,
             made_by=self._made_by(),
+            unreached=sorted(self._maker.unreached),
         )
         save_state(folder, state, None if self.schedule.is_due(step) else self.subspace, self.engine, writes)
 
@@ -313,6 +313,7 @@ class OgpsaRun:
             state, self.subspace = stored
             for name in ("refreshed_at", "moved", "searching", "covered"):
                 setattr(self.schedule, name, getattr(state, name))
+            self._maker.unreached = frozenset(state.unreached)
             self.reference_losses = state.reference_losses
             self._step_log.idle_steps, self._step_log.uncovered_steps = state.idle_steps, state.uncovered_steps
             self._non_finite = torch.tensor(state.non_finite_steps, device=self.engine.device)

@@ -3,6 +3,7 @@
 import copy
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from llamafactory_ogpsa.engines import make_engine
 from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
 from llamafactory_ogpsa.geometry import assign_groups, orthonormalise_
+from llamafactory_ogpsa.record import Recorder, find_modules
 from llamafactory_ogpsa.reference import ReferencePasses, ReferenceSet
+from llamafactory_ogpsa.run.refresh_inputs import InputBasis
 from llamafactory_ogpsa.subspace import Subspace
 
 
@@ -206,3 +209,57 @@ def refuse_what_is_not_sharded():
     sharded.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ValueError, match="cannot train extra under FSDP"):
         make_engine(sharded, sharded, torch.device("cpu"))
+
+
+def record_one_sample():
+    """Compare the bases of one sample, which the second process has none of, with those of one process alone."""
+    whole, sharded = make_models()
+    subspaces = [make_input_basis(model, make_set("a", 1, 1)) for model in (whole, sharded)]
+    for one, other in zip(*(subspace.protected for subspace in subspaces), strict=True):
+        assert one.frozen == other.frozen
+        if one.basis is not None:
+            torch.testing.assert_close(other.basis.abs(), one.basis.abs(), rtol=1e-5, atol=1e-5)
+    assert subspaces[1].rank == 1
+
+
+def make_input_basis(model, reference):
+    engine = make_engine(model, model, torch.device("cpu"))
+    settings = SimpleNamespace(rank=3, kernel="torch", method="orthogonal")
+    indices = [list(range(len(reference.samples)))]
+    passes = ReferencePasses([replace(reference, loss=Loss(model))], indices, 3, engine)
+    return InputBasis(settings, engine, model).compute(passes)[0]
+
+
+class Tokens(torch.nn.Module):
+    """An embedding and a head of the root, which FSDP2 leaves gathered after a forward pass, around a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer, self.head = torch.nn.Embedding(8, 6), torch.nn.Linear(6, 6), torch.nn.Linear(6, 8)
+
+    def forward(self, ids):
+        return self.head(self.layer(self.embedding(ids)))
+
+
+def record_what_is_gathered(reshard):
+    """Record after a forward pass without a backward pass, as the check for noise and an evaluation make them."""
+    torch.manual_seed(3)
+    model = Tokens()
+    for module in (model.layer, model):
+        fully_shard(module, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=reshard)
+    engine = make_engine(model, model, torch.device("cpu"))
+    modules, ids = find_modules(engine, model), torch.tensor([[1, 2, 5]])
+    recorder = Recorder(modules, 1)
+    with torch.no_grad():
+        model(ids)
+    with torch.no_grad(), recorder.recording():
+        recorder.begin_batch({}, 1)
+        before = model(ids)
+        recorder.end_batch(finite=True)
+    names = {engine.names[index] for indices in recorder.shared for index in indices}
+    assert names == {"layer.weight", "head.weight"}
+    assert [engine.names[index] for index in recorder.tokens] == ["embedding.weight"]
+
+    engine.edit([engine.names.index("head.weight")], lambda index, rows: rows.mul_(2))
+    bias = model.head.bias.full_tensor()
+    torch.testing.assert_close(model(ids) - bias, 2 * (before - bias))

@@ -40,3 +40,12 @@ def test_a_loss_that_is_not_finite_in_one_process_is_left_out_in_all(tmp_path):
 
 def test_a_trainable_parameter_that_is_not_sharded_is_refused(tmp_path):
     on_processes(2, tmp_path, sharded.refuse_what_is_not_sharded)
+
+
+def test_a_process_without_a_sample_takes_part_in_scope_inputs(tmp_path):
+    on_processes(2, tmp_path, sharded.record_one_sample)
+
+
+@pytest.mark.parametrize("reshard", [None, False])
+def test_what_fsdp_has_gathered_is_recorded_and_edited(tmp_path, reshard):
+    on_processes(2, tmp_path, sharded.record_what_is_gathered, reshard)

@@ -153,3 +153,13 @@ def test_the_batch_size_of_the_passes_does_not_matter(base_args, tmp_path):
         weights.append(load_weights(out))
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_resumed_where_a_refresh_is_due_is_the_whole_run(base_args, tmp_path):
+    # The checkpoint holds no basis, but which `B` reference inputs do not reach.
+    args = {**base_args, **INPUTS, **LORA, "ogpsa_update_interval": 3, "max_steps": 6}
+    args |= {"save_strategy": "steps", "save_steps": 3}
+    run_here(args)
+    resumed = {**args, "output_dir": str(tmp_path / "resumed")}
+    run_here({**resumed, "resume_from_checkpoint": f"{args['output_dir']}/checkpoint-3"})
+    assert_same_run(args["output_dir"], resumed["output_dir"])
