@@ -61,6 +61,11 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
     if decoupled is None or any(group.get("amsgrad") or group.get("maximize") for group in optimizer.param_groups):
         return None
 
+    # A parameter without a gradient is not stepped, whatever its state from earlier steps; ZeRO steps whole partitions.
+    weights = [
+        weight if weight is not None and (weight.group is not None or weight.optimized.grad is not None) else None
+        for weight in weights
+    ]
     settings = [
         None if weight is None else dict(optimizer.param_groups[_group_of(weight, optimizer)]) for weight in weights
     ]
@@ -96,7 +101,7 @@ def _adam_changes(
     for index, (weight, group) in enumerate(zip(weights, settings, strict=True)):
         moments = None if weight is None else state.get(weight.optimized)
         if not moments or weight.size == 0:
-            continue  # the optimizer has not stepped it: it had no gradient
+            continue
 
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
         steps = float(moments["step"] if "step" in moments else group["step"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import OGPSA, load_weights, read_rows, run_here, same_weights
 
+from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
 from llamafactory_ogpsa.run import update
 
 
@@ -66,6 +67,25 @@ def test_adams_state_gives_what_a_copy_gives(base_args, monkeypatch, tmp_path, o
         assert other["update_share"] == pytest.approx(one["update_share"], abs=1e-4)
         for name in ("helpful", "truthful"):
             assert other["update_cosine"][name] == pytest.approx(one["update_cosine"][name], abs=1e-4)
+
+
+def test_a_parameter_without_a_gradient_does_not_change(monkeypatch):
+    monkeypatch.setattr(update, "MOST_COPIED", 0)
+    torch.manual_seed(0)
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 3, bias=False) for _ in range(2)])
+    engine, optimizer = ReplicatedEngine(model), torch.optim.AdamW(model.parameters(), lr=0.1)
+    for reached in (2, 1):
+        optimizer.zero_grad()
+        for param in engine.parameters[:reached]:
+            param.grad = torch.randn_like(param)
+        before = [param.detach().clone() for param in engine.parameters]
+        read_changes = update.make_change_reader(engine, optimizer)
+        optimizer.step()
+        changes = dict(read_changes())
+        assert list(changes) == list(range(reached))
+        for index, change in changes.items():
+            expected = (engine.parameters[index].detach() - before[index]).flatten()
+            torch.testing.assert_close(change, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_optimizer_whose_step_cannot_be_had_is_named_once(base_args, monkeypatch, said):
