@@ -70,7 +70,11 @@ def test_the_reference_sets_are_tokenised_once(base_args, monkeypatch):
 
     monkeypatch.setattr(workflow, "get_dataset", counting)
     run_here({**base_args, **OGPSA, "ogpsa_update_interval": 1})
-    assert names == ["safety", "helpful", "truthful"]
+    assert names == [
+        "helpful",
+        "truthful",
+        "safety",
+    ]  # the reference sets first: what is wrong with them is found early
 
 
 def test_only_the_first_samples_are_used(base_args, data_dir, tmp_path):
