@@ -81,12 +81,13 @@ def test_the_stages_list_their_datasets_and_set_their_options(page, model_dir, d
     pairs = ["safety_pairs", "helpful_pairs", "truthful_pairs"]
     tagged = ["safety_kto", "helpful_kto", "truthful_kto"]
     plain = [name for pair in zip(("safety", "helpful", "truthful"), tagged, strict=True) for name in pair]
+    every = [name for three in zip(plain[::2], pairs, tagged, strict=True) for name in three]
 
     assert not board.field(page, "General sets").is_visible()
     for stage, own, general, interval in [
-        ("DPO (OGPSA)", pairs, pairs, "5"),
+        ("DPO (OGPSA)", pairs, every, "5"),  # the reference loss follows each set
         ("Reward Modeling (OGPSA)", pairs, pairs, "30"),
-        ("KTO (OGPSA)", plain, tagged, "5"),
+        ("KTO (OGPSA)", plain, plain, "5"),
         ("Supervised Fine-Tuning (OGPSA)", plain, plain, "30"),
         ("Pre-Training (OGPSA)", plain, plain, "30"),
     ]:
