@@ -19,8 +19,9 @@ from rich.table import Table
 from transformers.utils import logging
 
 from . import ROOT, base_model, demo_plot
+from .generate import prompt_of
 from .launch import console, train, write_whole
-from .score import prompt_of, read_sets, score_checkpoint, score_table
+from .score import read_sets, score_checkpoint, score_table
 
 
 DEMO_DIR = ROOT / "outputs" / "demo"

@@ -31,6 +31,19 @@ def load_checkpoint(folder):
     return model, AutoTokenizer.from_pretrained(folder, padding_side="left")
 
 
+def prompt_of(record):
+    """Join the instruction and the input of a record as LLaMA-Factory does."""
+    return "\n".join(filter(None, (record["instruction"], record.get("input"))))
+
+
+def tokens_of(tokenizer, record):
+    """Give the tokens of a record's prompt, up to where the answer begins, and of its answer with the end of its turn."""
+    turn = [{"role": "user", "content": prompt_of(record)}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    answer = record.get("output", "") + tokenizer.eos_token
+    return tuple(tokenizer(part, add_special_tokens=False).input_ids for part in (text, answer))
+
+
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, batch_size=64, max_new_tokens=32):
     """Answer prompts greedily.

@@ -25,7 +25,7 @@ from transformers.utils import logging
 from llamafactory_ogpsa.recipes.refusal_rule import is_refusal
 
 from . import ROOT
-from .generate import generate, load_checkpoint
+from .generate import generate, load_checkpoint, prompt_of, tokens_of
 from .launch import progress_bar, write_whole
 
 
@@ -50,11 +50,6 @@ def read_sets(data_dir=DATA_DIR, limit=None):
         Dictionary from a set's name, a key of `TITLES`, to its records.
     """
     return {name: json.loads((Path(data_dir) / f"heldout_{name}.json").read_text())[:limit] for name in TITLES}
-
-
-def prompt_of(record):
-    """Join the instruction and the input of a record as LLaMA-Factory does."""
-    return "\n".join(filter(None, (record["instruction"], record.get("input"))))
 
 
 def normalise(text):
@@ -142,10 +137,7 @@ def loss_per_token(folder, records):
     model, tokenizer = load_checkpoint(folder)
     total, count = 0.0, 0
     for rec in records:
-        turn = [{"role": "user", "content": prompt_of(rec)}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        parts = (text, rec["output"] + tokenizer.eos_token)
-        prompt, answer = (tokenizer(part, add_special_tokens=False).input_ids for part in parts)
+        prompt, answer = tokens_of(tokenizer, rec)
         ids = torch.tensor([prompt + answer], device=model.device)
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         total += torch.nn.functional.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum").item()

@@ -17,6 +17,7 @@ COUNTS = {
     "safety_dpo": 351,
     "general_helpful": 200,
     "general_truthful": 200,
+    "general_lookalikes": 120,
     "heldout_harmful": 100,
     "heldout_benign": 100,
     "heldout_ordinary": 100,
@@ -97,7 +98,7 @@ def test_pairs_are_the_refusals_over_openings_that_explain_nothing():
         assert len(shared) <= 1, (rec["instruction"], shared)
 
 
-@pytest.mark.parametrize("name", ["general_helpful", "general_truthful", "heldout_ordinary"])
+@pytest.mark.parametrize("name", ["general_helpful", "general_truthful", "general_lookalikes", "heldout_ordinary"])
 def test_general_answers_are_short_and_no_refusals(name):
     for rec in read(name):
         assert rec["output"]
