@@ -40,6 +40,7 @@ REFERENCES = ("general_helpful", "general_truthful")
 LOOKALIKES = "general_lookalikes"
 FIRST_TOKENS = 3
 LAST_TOKENS = 5
+NUM_GRADIENTS = len(REFERENCES) + 3 + 4
 RECALLS = (0.9, 0.8)
 
 
@@ -250,7 +251,7 @@ def main(argv=None):
     names = ["safety_sft", *REFERENCES, LOOKALIKES, "heldout_harmful", "heldout_benign", "heldout_ordinary"]
     sets = {name: read(args.data_dir, name, args.prompts) for name in names}
     with progress_bar("") as progress:
-        bar = progress.add_task("gradients", total=len(REFERENCES) + 3 + 4)
+        bar = progress.add_task("gradients", total=NUM_GRADIENTS)
         steps = measure_steps(model, tokenizer, args.data_dir, args.count, lambda: progress.advance(bar))
         bar = progress.add_task("hidden states", total=sum(map(len, sets.values())))
         by_set = {name: states(model, tokenizer, rows, lambda: progress.advance(bar)) for name, rows in sets.items()}
