@@ -3,9 +3,8 @@
 import json
 from pathlib import Path
 
-import yaml
-
 from .. import base_model
+from ..plan import read_spec
 from ..score import answer_sets, loss_per_token, score_answers
 from . import data as data_sets
 from . import ifeval
@@ -36,7 +35,7 @@ def read(path, data, raw):
     Raises:
         ValueError: The plan has no such choice, or a data set cannot be read.
     """
-    spec = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    spec = read_spec(path)
     if data not in spec["data"]:
         raise ValueError(f"--data is {data!r}; the plan has {', '.join(map(repr, spec['data']))}.")
     choice = spec["data"][data]
