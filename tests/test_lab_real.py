@@ -130,8 +130,7 @@ def test_raw_files_need_their_folder():
 
 
 def test_a_part_has_the_data_of_the_whole(tmp_path):
-    whole = yaml.safe_load(real.PLAN.read_text())
-    (tmp_path / "lab.yaml").write_text(yaml.safe_dump(whole))
+    (tmp_path / "lab.yaml").write_text(real.PLAN.read_text())
     (tmp_path / "part.yaml").write_text(yaml.safe_dump({"of": "lab.yaml", "methods": ["naive tuning"]}))
     assert real.read(tmp_path / "part.yaml", "own", None) == real.read(real.PLAN, "own", None)
 
