@@ -124,15 +124,12 @@ def measure_steps(model, tokenizer, data_dir, count, advance):
         if title == "all tokens":
             whole = of_part
     left = {}
-    subspaces = {
-        "parameter": Subspace.from_gradients(list(references.values())),
-        "global": Subspace.from_gradients(list(references.values()), scope="global"),
-        "inputs": Subspace.from_gradients(list(references.values()), scope="inputs"),
-    }
     projected, removed = {}, {}
-    for scope, subspace in subspaces.items():
+    for scope in ("parameter", "global", "inputs"):
         projected[scope] = {name: tensor.clone() for name, tensor in whole.items()}
+        subspace = Subspace.from_gradients(list(references.values()), scope=scope)
         removed[scope] = subspace.project_(projected[scope]).removed
+        del subspace  # as large as the references
     losses = {
         "refusing held-out harmful prompts": refused(read(data_dir, "heldout_harmful", count), refusals),
         "refusing held-out look-alikes": refused(read(data_dir, "heldout_benign", count), refusals),
