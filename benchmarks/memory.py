@@ -1,14 +1,18 @@
 """What OGPSA's basis takes in memory, by the formula of docs/distributed.md, and what the recipes take, for real models.
 
-    python -m benchmarks.memory [--recipes]
+    python -m benchmarks.memory [--inputs | --recipes]
 
 The parameters are counted on models and adapters built without weights (on PyTorch's meta device). Nothing here is
 measured on a GPU.
 """
 
 import argparse
+from collections.abc import Sequence
 
-from .models import count_parameters
+from llamafactory_ogpsa.inputs import DEFAULT_RANK
+from llamafactory_ogpsa.record import MOST_ROWS
+
+from .models import count_parameters, trainable_shapes
 
 
 MODELS = ("Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B")
@@ -23,6 +27,24 @@ FLOPS = 400e12
 def basis_bytes(parameters: int, bytes_per_element: int, shards: int = 1, directions: int = DIRECTIONS) -> float:
     """Return the bytes of the basis in one process: directions × parameters × bytes an element / shards."""
     return directions * parameters * bytes_per_element / shards
+
+
+def inputs_bytes(shapes: Sequence[tuple[int, ...]], rank: int = DEFAULT_RANK) -> int:
+    """Return the bytes that the bases of scope `inputs` take at most: float32 `[k, in]` for each matrix.
+
+    The figure of the start line. Matrices with the same inputs share one, and an embedding that is not tied has none.
+    """
+    return sum(4 * directions(shape, rank) * shape[1] for shape in shapes if len(shape) == 2)
+
+
+def coefficients_bytes(shapes: Sequence[tuple[int, ...]], rank: int = DEFAULT_RANK) -> int:
+    """Return the bytes that a step of scope `inputs` takes for coefficients: float32 `[out, k]` for each matrix."""
+    return sum(4 * directions(shape, rank) * shape[0] for shape in shapes if len(shape) == 2)
+
+
+def directions(shape: tuple[int, ...], rank: int) -> int:
+    """Return the directions that a run keeps of a tensor: at most half of a matrix's inputs, none of a vector."""
+    return min(rank, max(1, shape[1] // 2)) if len(shape) == 2 else 0
 
 
 def readable(size: float) -> str:
@@ -41,6 +63,24 @@ def print_basis() -> None:
             _, trainable = count_parameters(name, LORA_RANK if training.startswith("LoRA") else None)
             sizes = [readable(basis_bytes(trainable, bytes_per_element, n)) for n in GPUS]
             print(f"| {name} | {training} | {trainable:,} | " + " | ".join(sizes) + " |")
+
+
+def print_inputs() -> None:
+    """Print what scope `inputs` takes for each model beside scope `parameter`, in Markdown."""
+    print(
+        "| model | training | basis, scope `parameter`, rank 2 | bases, scope `inputs` | coefficients of a step |",
+        end="",
+    )
+    print(" rows kept in a refresh, host |")
+    print("|---|---|---|---|---|---|")
+    for name in MODELS:
+        for training, itemsize in (("full", 2), (f"LoRA r={LORA_RANK}", 4)):
+            shapes = trainable_shapes(f"{name} {training}")
+            _, trainable = count_parameters(name, LORA_RANK if training.startswith("LoRA") else None)
+            # Inputs of the weights are bfloat16, also where an adapter is float32. Those of LoRA's `B` are few.
+            rows = sum(MOST_ROWS * 2 * shape[1] for shape in shapes if len(shape) == 2)
+            sizes = [basis_bytes(trainable, itemsize), inputs_bytes(shapes), coefficients_bytes(shapes), rows]
+            print(f"| {name} | {training} | " + " | ".join(map(readable, sizes)) + " |")
 
 
 def print_recipes() -> None:
@@ -70,8 +110,11 @@ def print_recipes() -> None:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", action="store_true", help="what the recipes take, instead of the basis alone")
-    print_recipes() if parser.parse_args().recipes else print_basis()
+    tables = parser.add_mutually_exclusive_group()
+    tables.add_argument("--inputs", action="store_true", help="what scope `inputs` takes")
+    tables.add_argument("--recipes", action="store_true", help="what the recipes take")
+    options = parser.parse_args()
+    (print_inputs if options.inputs else print_recipes if options.recipes else print_basis)()
 
 
 if __name__ == "__main__":

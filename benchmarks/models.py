@@ -1,6 +1,7 @@
 """The models whose sizes the benchmarks use, by configuration: built with random weights, or counted without any."""
 
 import functools
+import math
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -39,6 +40,15 @@ CONFIGS = {
     "Qwen2.5-7B": _qwen(28, 3584, 18944, 28, 4, tied=False, vocabulary=152064),
     "Llama-3.1-8B": _llama(32, 4096, 14336, 32),
     "Llama-3.1-70B": _llama(80, 8192, 28672, 64),
+    "SmolLM2-135M": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    ),
     # What stands for all of them where only the code is tried.
     "tiny": _qwen(1, 32, 64, 2, 1, tied=True, vocabulary=96),
 }
@@ -67,8 +77,13 @@ def split(training: str) -> tuple[str, int | None]:
 
 
 @functools.cache
-def trainable_numels(training: str) -> list[int]:
-    """Return the number of elements of each trainable tensor of a model and tuning, such as "Qwen2.5-7B LoRA r=8"."""
+def trainable_shapes(training: str) -> list[tuple[int, ...]]:
+    """Return the shape of each trainable tensor of a model and tuning, such as "Qwen2.5-7B LoRA r=8"."""
     name, lora_rank = split(training)
     params = build(name, "meta", torch.bfloat16, lora_rank).parameters()
-    return [param.numel() for param in params if param.requires_grad]
+    return [tuple(param.shape) for param in params if param.requires_grad]
+
+
+def trainable_numels(training: str) -> list[int]:
+    """Return the number of elements of each trainable tensor; see `trainable_shapes`."""
+    return [math.prod(shape) for shape in trainable_shapes(training)]

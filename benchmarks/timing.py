@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,16 +37,25 @@ def _once(step: Step, device: torch.device, flush: torch.Tensor) -> Time:
     return Time(begin.elapsed_time(end) / 1e3, launching)
 
 
-def measure(steps: Mapping[str, Step], device: torch.device, repeats: int) -> dict[str, Time]:
+def measure(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    repeats: int,
+    typical: Callable[[Sequence[float]], float] | None = None,
+    longest: float = LONGEST,
+) -> dict[str, Time]:
     """Time steps in turn, so that whatever else the machine does falls on all of them.
 
     Args:
         steps: functions by name.
         device: where they run.
-        repeats: how often each is timed, after two calls that are not; fewer, but once, where `LONGEST` is over.
+        repeats: how often each is timed, after two calls that are not; fewer, but once, where `longest` is over.
+        typical: which of the times counts; None: the median on a GPU; on a CPU, which is rarely alone with the
+            benchmark, the least.
+        longest: seconds after which a step has been timed enough.
 
     Returns:
-        the times by name: the median on a GPU; on a CPU, which is rarely alone with the benchmark, the least.
+        the times by name.
     """
     # Larger than any cache, so that a step starts with none of its data there.
     flush = torch.empty((256 << 20) if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
@@ -54,13 +63,13 @@ def measure(steps: Mapping[str, Step], device: torch.device, repeats: int) -> di
     spent = dict.fromkeys(steps, 0.0)
     for i in range(-2, repeats):
         for name, step in steps.items():
-            if spent[name] > LONGEST and (times[name] or i < 0):
+            if spent[name] > longest and (times[name] or i < 0):
                 continue
             once = _once(step, device, flush)
             spent[name] += once.seconds
             if i >= 0:
                 times[name].append(once)
-    typical = statistics.median if device.type == "cuda" else min
+    typical = typical or (statistics.median if device.type == "cuda" else min)
     return {name: Time(*map(typical, zip(*taken, strict=True))) for name, taken in times.items()}
 
 

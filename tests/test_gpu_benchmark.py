@@ -41,9 +41,13 @@ CASES = [
     pytest.param("accuracy", parts.PARTS["accuracy"].cases[0], marks=interpreted),
     ("projection", {**parts.PARTS["projection"].cases[-1], "scale": 0.1}),
     pytest.param("launches", parts.PARTS["launches"].cases[1], marks=interpreted),
+    pytest.param("scopes", parts.PARTS["scopes"].cases[0], marks=interpreted),
     ("memory", parts.PARTS["memory"].cases[2]),
+    ("memory", parts.PARTS["memory"].cases[-1]),
     ("training", parts.PARTS["training"].cases[0]),
     ("training", parts.PARTS["training"].cases[3]),
+    ("training", parts.PARTS["training"].cases[-2]),
+    ("training", parts.PARTS["training"].cases[-4]),
     ("streaming", parts.PARTS["streaming"].cases[1]),
 ]
 
@@ -142,8 +146,8 @@ def test_from_end_to_end(tmp_path):
     before = {page: (write.DOCS / page).read_text() for page in write.PAGES}
     process = run_command("memory", "--pretend", "--output", str(tmp_path))
     assert process.returncode == 0, process.stderr
-    assert "memory: 5 of 5 cases measured" in process.stdout
-    assert "training: 0 of 8 cases measured" in process.stdout
+    assert "memory: 15 of 15 cases measured" in process.stdout
+    assert "training: 0 of 24 cases measured" in process.stdout
     assert "pretended, on a CPU" in (tmp_path / "performance.md").read_text()
     assert before == {page: (write.DOCS / page).read_text() for page in write.PAGES}
 
@@ -295,7 +299,7 @@ def test_writing_again_changes_nothing(tmp_path):
     measured = [a_row("memory", case, figures=figures)]
     write.write(measured, tmp_path)
     page = (tmp_path / "performance.md").read_text()
-    assert "| Qwen2.5-0.5B full | bfloat16 | 1.00 GiB | 1.00 GiB | 2.00 GiB | 1.0 MiB | 0.20 % |" in page
+    assert "| Qwen2.5-0.5B full | bfloat16 | parameter | 1.00 GiB | 1.00 GiB | 2.00 GiB | 1.0 MiB | 0.20 % |" in page
     assert rows.read(tmp_path / write.KEPT / rows.NAME) == measured
     assert write.fill(page, measured) == page
 

@@ -15,13 +15,16 @@ from xml.etree import ElementTree
 import torch
 
 from llamafactory_ogpsa import Subspace
+from llamafactory_ogpsa.geometry import leading_directions
+from llamafactory_ogpsa.inputs import DEFAULT_RANK
 from llamafactory_ogpsa.kernels import make_plan
+from llamafactory_ogpsa.record import MOST_ROWS
 
-from .. import accuracy, distributed, projection
+from .. import accuracy, distributed, projection, scopes
 from ..devices import counters
 from ..implementations import IMPLEMENTATIONS, MAX_NORM
-from ..memory import basis_bytes
-from ..models import trainable_numels
+from ..memory import basis_bytes, inputs_bytes
+from ..models import trainable_numels, trainable_shapes
 from ..timing import clear_memory, copy_bandwidth, measure, peak_memory
 from . import trace, training
 
@@ -125,6 +128,21 @@ def measure_projection(case: Case, run: Run) -> Figures:
     return {row["implementation"]: row for row in rows}
 
 
+def measure_scopes(case: Case, run: Run) -> Figures:
+    """Time a step under each scope on the same gradients; return a row for each implementation by name."""
+    rows = scopes.compare(
+        run.training(case["gradients"]),
+        case["rank"],
+        run.device,
+        bandwidth=copy_bandwidth(run.device, 5),
+        speed=scopes.product_speed(run.device, 5),
+        repeats=run.sizes.repeats,
+    )
+    for row in rows:
+        scopes.print_row(row)
+    return {row["implementation"]: row for row in rows}
+
+
 def measure_launches(case: Case, run: Run) -> Figures:
     """Count a step's launches and the CPU's time for them; see `trace.Activity`."""
     numels = trainable_numels(run.training(case["gradients"]))
@@ -145,22 +163,33 @@ def measure_launches(case: Case, run: Run) -> Figures:
 
 def measure_memory(case: Case, run: Run) -> Figures:
     """Measure what a basis takes, beside the formula, and the peaks while it is made and while it is used."""
-    numels, dtype = trainable_numels(run.training(case["gradients"])), getattr(torch, case["dtype"])
+    shapes, dtype = trainable_shapes(run.training(case["gradients"])), getattr(torch, case["dtype"])
+    numels = trainable_numels(run.training(case["gradients"]))
     api, device = counters(run.device), run.device
-    make = lambda: {str(i): torch.randn(numel, dtype=dtype, device=device) for i, numel in enumerate(numels)}
+    make = lambda: {str(i): torch.randn(shape, dtype=dtype, device=device) for i, shape in enumerate(shapes)}
     gc.collect()
     start = api.memory_allocated(device)
-    references = [make() for _ in range(RANK)]
-    made: list[Subspace] = []
-    making = peak_memory(lambda: made.append(Subspace.from_gradients(references)), device)
-    references.clear()
+    made: list[Any] = []
+    if case["scope"] == "inputs":
+        # One matrix at a time: the widest is the peak.
+        rows = torch.randn(MOST_ROWS, max(shape[-1] for shape in shapes), dtype=dtype, device=device)
+        making = peak_memory(lambda: leading_directions(rows, DEFAULT_RANK), device)
+        del rows
+        made.append(scopes.subspace_of(shapes, scopes.random_bases(shapes, DEFAULT_RANK, device), device))
+        formula = inputs_bytes(shapes)
+    else:
+        references = [make() for _ in range(RANK)]
+        build = lambda: made.append(Subspace.from_gradients(references, scope=case["scope"]))
+        making = peak_memory(build, device)
+        references.clear()
+        formula = basis_bytes(sum(numels), dtype.itemsize, directions=RANK)
     gc.collect()
     basis = api.memory_allocated(device) - start
     gradients, project = list(make().values()), made[0].projection()
     project(gradients, max_norm=MAX_NORM)
     return {
         "basis": basis,
-        "formula": basis_bytes(sum(numels), dtype.itemsize, directions=RANK),
+        "formula": formula,
         "making": making,
         "step": peak_memory(lambda: project(gradients, max_norm=MAX_NORM), device),
         "gradients": sum(numels) * dtype.itemsize,
@@ -169,15 +198,9 @@ def measure_memory(case: Case, run: Run) -> Figures:
 
 def measure_training(case: Case, run: Run) -> Figures:
     """Measure a training step; see `training.measure_step`."""
-    return training.measure_step(
-        run.training(case["training"]),
-        case["checkpointing"],
-        case["scope"],
-        device=run.device,
-        batch=run.sizes.batch,
-        length=run.sizes.length,
-        repeats=run.sizes.repeats,
-    )
+    sizes = dict(batch=run.sizes.batch, length=run.sizes.length, repeats=run.sizes.repeats)
+    training_name = run.training(case["training"])
+    return training.measure_step(training_name, case["checkpointing"], case["scope"], device=run.device, **sizes)
 
 
 def measure_streaming(case: Case, run: Run) -> Figures:
@@ -246,9 +269,9 @@ def _launch_cases() -> list[Case]:
     return [dict(zip(("gradients", "implementation", "addresses"), case)) for case in cases]
 
 
-# A scope that is added gets its cases here: to the lists of `projection`, `memory` and `training`.
-SCOPES = ("parameter",)
+SCOPES = ("parameter", "global", "inputs")
 TRAININGS = [f"{model} {tuning}" for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tuning in ("full", "LoRA r=8")]
+SCOPES_MODELS = ("Qwen2.5-0.5B full", "Qwen2.5-1.5B full", "Qwen2.5-7B full", "Qwen2.5-7B LoRA r=8")
 MEMORY = [
     ("Qwen2.5-0.5B full", "bfloat16"),
     ("Qwen2.5-1.5B full", "bfloat16"),
@@ -270,7 +293,12 @@ PARTS = {
     ),
     "projection": Part(("triton",), _projection_cases(), measure_projection),
     "launches": Part(("triton",), _launch_cases(), measure_launches),
-    "memory": Part((), [{"gradients": name, "dtype": dtype} for name, dtype in MEMORY], measure_memory),
+    "scopes": Part(("triton",), [{"gradients": name, "rank": DEFAULT_RANK} for name in SCOPES_MODELS], measure_scopes),
+    "memory": Part(
+        (),
+        [{"gradients": name, "dtype": dtype, "scope": scope} for scope in SCOPES for name, dtype in MEMORY],
+        measure_memory,
+    ),
     "training": Part(
         (),
         [

@@ -47,6 +47,19 @@ def _projection(figures: Figures) -> list[str]:
     return [*map(time, names), f"{ours['share']:.2f}" if "share" in ours else NOT_MEASURED]
 
 
+def _scopes(figures: Figures) -> list[str]:
+    def time(name: str) -> str:
+        row = figures[name]
+        return f"– ({row['skipped']})" if row["skipped"] else _milliseconds(row["seconds"])
+
+    ours = figures["inputs (triton)"]
+    names = ("inputs (triton)", "inputs (torch)", "two products", "parameter (triton)", "global (triton)")
+    return [
+        *map(time, (*names, "clipping alone")),
+        *(_milliseconds(ours[name]) for name in ("by_bytes", "by_products")),
+    ]
+
+
 def _launches(figures: Figures) -> list[str]:
     times = (_microseconds(figures[name]) for name in ("launching", "cpu", "kernels"))
     return [f"{figures['launches']:g}", *times]
@@ -120,6 +133,21 @@ TABLES = {
         lambda case: [_scaled(case), str(case["rank"])],
         _projection,
     ),
+    "scopes": Table(
+        ["gradients", "k"],
+        [
+            "`inputs`, ours (Triton)",
+            "`inputs`, ours (torch)",
+            "two products and clipping",
+            "`parameter`, rank 2",
+            "`global`, rank 2",
+            "clipping alone",
+            "`inputs` at least, by bytes",
+            "`inputs` at least, by products",
+        ],
+        lambda case: [case["gradients"], str(case["rank"])],
+        _scopes,
+    ),
     "launches": Table(
         ["gradients", "implementation", "gradient addresses"],
         ["launches", "CPU, µs", "CPU under the profiler, µs", "kernels, µs"],
@@ -127,7 +155,7 @@ TABLES = {
         _launches,
     ),
     "memory": Table(
-        ["gradients", "dtype"],
+        ["gradients", "dtype", "scope"],
         [
             "basis",
             "by the formula",
@@ -135,7 +163,7 @@ TABLES = {
             "peak of a step beside gradients and basis",
             "of the gradients",
         ],
-        lambda case: [case["gradients"], case["dtype"]],
+        lambda case: [case["gradients"], case["dtype"], case["scope"]],
         _memory,
     ),
     "training": Table(

@@ -1,10 +1,13 @@
 """A training step of a model with random weights, with OGPSA and without, and what a refresh adds."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 
 from llamafactory_ogpsa import Subspace
+from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
+from llamafactory_ogpsa.run.refresh_inputs import InputBasis
 
 from .. import models
 from ..devices import counters
@@ -44,7 +47,7 @@ def measure_step(
 
     Returns:
         `stock_step`, `ogpsa_step`, `training_sample` (forward and backward), `reference_sample` (the same, with the
-        copy of the gradients) and `basis` (its making) in seconds; `stock_peak`, `ogpsa_peak` (of a step without
+        copy of the gradients; with scope `inputs` forward alone) and `basis` (its making) in seconds; `stock_peak`, `ogpsa_peak` (of a step without
         refresh) and `basis_bytes`, the basis by the formula, in bytes.
     """
     name, lora_rank = models.split(training)
@@ -56,10 +59,12 @@ def measure_step(
     optimizer = torch.optim.AdamW(trainable.values(), lr=1e-6, fused=True)
     tokens = torch.randint(0, models.CONFIGS[name].vocab_size, (batch, length), device=device)
 
-    def backward() -> None:
+    def forward() -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=lora_rank is not None):
-            loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def backward() -> None:
+        forward().backward()
 
     def update(clip: Callable[[], object]) -> None:
         backward()
@@ -95,7 +100,25 @@ def measure_step(
         subspaces.clear()
         subspaces.append(Subspace.from_gradients(references, scope=scope))
 
-    refresh_times = measure({"training": passes, "reference": reference_passes, "basis": make_basis}, device, repeats)
+    inputs: dict[str, Callable[[], object]] = {}
+    if scope == "inputs":
+        engine = ReplicatedEngine(model)
+        settings = SimpleNamespace(rank=None, kernel="auto", method="orthogonal", scope=scope)
+        maker, recorded = InputBasis(settings, engine, model), _ForwardPasses(forward, tokens)
+
+        def compute() -> None:
+            subspaces.clear()
+            subspaces.append(maker.compute(recorded)[0])
+
+        inputs = {"reference": lambda: recorded.run_forward(lambda *_: None, lambda _: None), "basis": compute}
+        formula = maker.num_bytes
+    else:
+        element = next(iter(trainable.values())).itemsize
+        formula = basis_bytes(sum(p.numel() for p in trainable.values()), element, directions=REFERENCE_SETS)
+
+    refreshing = {"training": passes, "reference": reference_passes, "basis": make_basis} | inputs
+    refresh_times = measure(refreshing, device, repeats)
+    making = refresh_times["basis"].seconds - (refresh_times["reference"].seconds if inputs else 0)
     references.clear()
     subspace = subspaces.pop()
     project = subspace.projection()
@@ -106,17 +129,34 @@ def measure_step(
     ogpsa()
     ogpsa_peak = peak(ogpsa, device)
     times = measure({"stock": stock, "ogpsa": ogpsa}, device, repeats)
-    element = next(iter(trainable.values())).itemsize
     return {
         "stock_step": times["stock"].seconds,
         "ogpsa_step": times["ogpsa"].seconds,
         "training_sample": refresh_times["training"].seconds / batch,
         "reference_sample": refresh_times["reference"].seconds / (REFERENCE_SETS * REFERENCE_BATCHES * batch),
-        "basis": refresh_times["basis"].seconds,
+        "basis": making,
         "stock_peak": stock_peak,
         "ogpsa_peak": ogpsa_peak,
-        "basis_bytes": basis_bytes(sum(p.numel() for p in trainable.values()), element, directions=REFERENCE_SETS),
+        "basis_bytes": formula,
     }
+
+
+class _ForwardPasses:
+    """The reference passes of scope `inputs`, over the same batch each time."""
+
+    def __init__(self, forward: Callable[[], torch.Tensor], tokens: torch.Tensor) -> None:
+        self._forward, self._tokens = forward, tokens
+        self._batches = REFERENCE_SETS * REFERENCE_BATCHES
+        self.indices = [range(REFERENCE_BATCHES * len(tokens))] * REFERENCE_SETS
+
+    @torch.no_grad()
+    def run_forward(self, begin_batch: Callable, end_batch: Callable) -> dict[str, float]:
+        """Run them; see `ReferencePasses.run_forward`."""
+        for _ in range(self._batches):
+            begin_batch({"attention_mask": torch.ones_like(self._tokens)}, len(self._tokens))
+            self._forward()
+            end_batch(True)
+        return {}
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int:

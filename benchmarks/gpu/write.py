@@ -13,7 +13,17 @@ from .rows import Row
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 # The regions of each page. What was measured is kept beside them, so that the tables can be written again.
 PAGES = {
-    "performance.md": ("targets", "tests", "projection", "launches", "accuracy", "memory", "training", "streaming"),
+    "performance.md": (
+        "targets",
+        "tests",
+        "projection",
+        "scopes",
+        "launches",
+        "accuracy",
+        "memory",
+        "training",
+        "streaming",
+    ),
     "distributed.md": ("distributed",),
 }
 KEPT = "gpu"

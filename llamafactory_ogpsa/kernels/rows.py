@@ -63,12 +63,15 @@ class TorchRows:
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Multiply float32 matrices in float32, also where a run lets its own products be TF32."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    # Where there is the newer setting, a run that uses it makes torch raise for who reads the older one.
+    setting, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, exact)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        setattr(matmul, setting, before)
 
 
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:

@@ -88,7 +88,7 @@ def rows_apply_kernel(
         g = tl.load(gradient + at, mask, other=0.0).to(tl.float32)
         inner = tl.zeros([ROWS, COLUMNS], tl.float32)
         # All of C at once, in the parts that the tensor cores take, would not fit the registers.
-        for first in range(0, PADDED, CHUNK):
+        for first in range(0, K, CHUNK):
             some = first + tl.arange(0, CHUNK)
             at_some = row.to(tl.int64)[:, None] * K + some[None, :]
             c_some = tl.load(coefficients + at_some, inside[:, None] & (some < K)[None, :], other=0.0)

@@ -3,15 +3,19 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from kernel_cases import KERNELS_INTERPRETED, Case, each_implementation
 
+from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
+from llamafactory_ogpsa.run.refresh_inputs import InputBasis
+
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import accuracy, implementations, models, projection
+from benchmarks import accuracy, implementations, memory, models, projection, scopes
 
 
 @pytest.mark.parametrize("name", ["ours (torch)", "foreach", "published rule"])
@@ -20,6 +24,25 @@ def test_all_ways_give_the_same_gradient(name):
     implementations.IMPLEMENTATIONS[name](case.gradients, case.basis, 4)()
     for g, e in zip(case.gradients, case.projected(implementations.MAX_NORM), strict=True):
         torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["inputs (torch)", "two products"])
+def test_all_ways_of_scope_inputs_give_the_same_gradient(name):
+    torch.manual_seed(0)
+    gradients = [torch.randn(shape) for shape in ((20, 12), (7, 30), (9,))]
+    bases = scopes.random_bases([tuple(g.shape) for g in gradients], 5, torch.device("cpu"))
+    exact = [g.double() - g.double() @ v.double().T @ v.double() for g, v in zip(gradients, bases) if v is not None]
+    norm = sum(g.square().sum() for g in exact).sqrt()
+    scopes.build(name, gradients, bases)()
+    for g, e in zip(gradients, [g * implementations.MAX_NORM / norm for g in exact] + [torch.zeros(9)], strict=True):
+        torch.testing.assert_close(g.double(), e.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_memory_of_scope_inputs_is_that_of_the_start_line():
+    model = models.build("tiny", "cpu", torch.float32)
+    settings = SimpleNamespace(rank=None, kernel="torch", method="orthogonal", scope="inputs")
+    maker = InputBasis(settings, ReplicatedEngine(model), model)
+    assert memory.inputs_bytes(models.trainable_shapes("tiny full")) == maker.num_bytes
 
 
 def test_sizes_are_those_of_the_models():

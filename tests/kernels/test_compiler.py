@@ -35,9 +35,10 @@ TYPES.update(dict.fromkeys(["first", "last", "num_pieces", "num_tiles", "num_gro
 for name, constants in cases:
     kernel = getattr(triton_rows if name.startswith("rows") else triton_kernels, name)
     TYPES["gradient"], warps = constants.pop("gradient", None), constants.pop("warps", 8)
+    sixteens = constants.pop("sixteens", [])  # integers that are multiples of 16, which the compiler makes use of
     names = kernel.arg_names
     signature = {n: "constexpr" if n.isupper() else TYPES.get(n, "*fp32") for n in names}
-    pointers = [i for i, n in enumerate(names) if signature[n].startswith("*")]
+    pointers = [i for i, n in enumerate(names) if signature[n].startswith("*") or n in sixteens]
     if AttrsDescriptor is None:
         aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     else:
@@ -47,6 +48,7 @@ for name, constants in cases:
     compiled = triton.compile(source, target=GPUTarget(backend, architecture, warp), options={"num_warps": warps})
     ptx = compiled.asm.get("ptx", "")
     loads = re.findall(r"(?:ld|st)\.global\.[.\w]+", ptx)
+    offsets = re.findall(r"tt\.addptr .*: tensor<\d+x\d+x!tt.*, tensor<\d+x\d+x(\w+)>", compiled.asm["ttir"])
     spilled = []
     if ptx:
         # Triton brings NVIDIA's assembler, which says what the loader would on a GPU.
@@ -58,7 +60,7 @@ for name, constants in cases:
             command = [assembler, "-v", f"-arch={target}", source, "-o", source.with_suffix(".cubin")]
             said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", said)]
-    print(json.dumps({"kernel": name, "binary": len(compiled.kernel), "accesses": loads, "spilled": spilled}))
+    print(json.dumps({"kernel": name, "binary": len(compiled.kernel), "accesses": loads, "spilled": spilled, "offsets": offsets}))
 """
 
 # A driver that only pretends to launch, on tensors of the CPU, which the compiler takes for a GPU's.
@@ -158,17 +160,31 @@ def test_every_kernel_compiles(target):
     assert all(r["binary"] > 0 for r in results)
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_the_kernels_of_scope_inputs_compile_and_spill_nothing(architecture):
+@pytest.mark.parametrize(
+    "target", [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda t: str(t[1])
+)
+def test_the_kernels_of_scope_inputs_compile_and_spill_nothing(target):
     cases = []
-    for k, gradient in [(1, "*bf16"), (64, "*fp16"), (128, "*bf16"), (128, "*fp32")]:
+    for k, gradient, sixteens in [
+        (1, "*bf16", ["columns"]),
+        (64, "*fp16", []),
+        (96, "*bf16", ["columns"]),
+        (128, "*bf16", []),
+        (128, "*fp32", []),
+        (128, "*fp32", ["columns"]),
+    ]:
         padded = max(16, 1 << (k - 1).bit_length())
-        constants = dict(K=k, PADDED=padded, ROWS=32, COLUMNS=32, PRECISION="tf32x3", gradient=gradient)
-        constants["warps"] = 8 if padded > 64 else 4
+        precision = "tf32x3" if target[0] == "cuda" else "ieee"
+        constants = dict(K=k, PADDED=padded, ROWS=32, COLUMNS=32, PRECISION=precision)
+        constants |= dict(gradient=gradient, sixteens=sixteens, warps=8 if padded > 64 else 4)
         cases.append(("rows_coefficients_kernel", constants))
         cases.append(("rows_apply_kernel", dict(constants, CHUNK=min(32, padded))))
-    results = _compile(("cuda", architecture, 32), cases)
-    assert [r["spilled"] for r in results] == [[0]] * len(cases)
+    results = _compile(target, cases)
+    assert all(r["binary"] > 0 for r in results)
+    # Offsets in a matrix of more than 2³¹ elements do not fit 32 bits.
+    assert all(r["offsets"] and set(r["offsets"]) == {"i64"} for r in results)
+    if target[0] == "cuda":
+        assert [r["spilled"] for r in results] == [[0]] * len(cases)
 
 
 def test_aligned_tensors_are_read_and_written_16_bytes_at_a_time():

@@ -1,5 +1,9 @@
 """The kernels of scope `inputs`: both implementations against float64."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,6 +147,38 @@ def test_columns_that_a_process_holds_add_up(implementation):
     parts = [slice(0, 77), slice(77, 200)]
     total = sum(rows.coefficients(case.gradient[:, p], case.basis[:, p].contiguous())[0] for p in parts)
     assert (total.double().cpu() - case.coefficients).norm() <= 1e-6 * case.sums[0].sqrt()
+
+
+@each_implementation
+@pytest.mark.parametrize(("rows", "k"), [(0, 3), (3, 0), (0, 0)])
+def test_an_empty_matrix_or_basis_is_none_to_worry_about(implementation, rows, k):
+    """A process can have no rows, and reference inputs of zero have no direction; clipping is still done."""
+    kernel, device = implementation
+    RowsCase(rows, 40, k, device=device).check(kernel, 0.5)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has the older setting alone"
+)
+@pytest.mark.parametrize("chosen", ["torch.backends", "torch.backends.cuda.matmul", "allow_tf32"])
+def test_products_are_float32_whatever_the_run_has_chosen(chosen):
+    """In a process of its own: torch does not forget that both of its settings were used."""
+    script = f"""
+import torch
+
+from llamafactory_ogpsa.kernels.rows import exact_products
+
+matmul = torch.backends.cuda.matmul
+if {chosen!r} == "allow_tf32":
+    matmul.allow_tf32 = True
+else:
+    {chosen if "." in chosen else "matmul"}.fp32_precision = "tf32"
+with exact_products():
+    print(matmul.fp32_precision)
+print(matmul.fp32_precision)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert run.stdout.split() == ["ieee", "tf32"], run.stderr
 
 
 def test_more_directions_than_fit_go_to_torch(monkeypatch):
