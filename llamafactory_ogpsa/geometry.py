@@ -112,8 +112,8 @@ class Geometry:
     """The few numbers that describe a basis, one entry a group; all that a policy needs beside the coefficients.
 
     Attributes:
-        whitening: float64 `[groups, rank, rank]`, `T` with `T B` orthonormal, where `B` is the basis as stored: it
-            takes out what rounding the basis to its dtype did to its orthonormality. `T Bᵀg` are the coefficients.
+        whitening: float64 `[groups, rank, rank]`, `T` with `Uᵀ = T B` orthonormal, where `B` is the basis as stored, whose
+            rows are orthonormal to the rounding of its dtype only. The coefficients are `c = Uᵀg = T B g`.
         references: float64 `[groups, sets, rank]`, the unit reference gradients in orthonormal coordinates,
             `r_d / ‖r_d‖ = U a_d`; zero where the reference gradient is.
         shares: float64 `[groups, sets]`, `‖r_d‖` of the group over `‖r_d‖` of all groups.

@@ -1,11 +1,18 @@
-"""Coefficients to the applied gradient: the three moves that every rule of this project is made of.
+"""Gradients in, projected gradients and figures out, for scopes `parameter` and `global` (`inputs` has its own file).
 
-1. coefficients `c = Uᵀg` (and `‖g‖²` in the same read of the gradient);
-2. a policy on those few numbers: `Δ = policy(c)`;
-3. `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further read.
+A group's basis is stored as rows `B`, rounded to its dtype; `Uᵀ = T B` is orthonormal (`T` is `Geometry.whitening`). A
+step is
 
-Where every process holds a piece of the gradient, the coefficients are summed over the processes between the first
-move and the second: the only communication of a step.
+1. measure: the products `p = B g` and `‖g‖²` in one read of the gradient; with them the coefficients `c = Uᵀg = T p`;
+2. reduce: where every process holds a piece of the gradient, both are summed over the processes, the only
+   communication of a step;
+3. policy: `Δ`, which is `-c` for `orthogonal`, and for `conflict` the least change that keeps every reference loss
+   from rising; `monitor` stops here;
+4. apply: `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further
+   read.
+
+Where nothing has to be reduced, `orthogonal` is one call of the plan, which need not come back to torch between 1 and
+4; with Triton that is three launches.
 
 Nothing here waits for the device; only reading a figure of `ProjectionStats` does. The few numbers are float64: that
 costs nothing, and keeps TF32 out of them where a run allows it.
@@ -14,25 +21,20 @@ costs nothing, and keeps TF32 out of them where a run allows it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 
 import torch
 
 from .engines.processes import ALONE, Processes
 from .geometry import Geometry, ratio
 from .kernels import Plan
+from .kernels.policy import clipping_factor, conflict_policy, orthogonal_step
 
 
 METHODS = ("orthogonal", "conflict", "monitor")
 
-# Up to this many reference gradients, all faces of their dual cone are tried at once, which is exact.
-_MOST_FACES = 6
-# Beyond it: steps of an active-set method for each reference gradient; it typically takes one to two.
-_ACTIVE_SET_STEPS = 6
-# A group that kept less than this share of its norm has no direction left worth the name: what is there is rounding.
+# A group that kept less than this share of its norm has only rounding left, whose direction says nothing.
 _RESIDUAL_FLOOR = 1e-3
 
-Policy = Callable[[torch.Tensor], torch.Tensor]
 Projection = Callable[..., "ProjectionStats"]
 
 
@@ -114,78 +116,6 @@ class ProjectionStats:
         return None if self.residual_tensor is None else self.residual_tensor.item()
 
 
-def conflict_policy(references: torch.Tensor) -> Policy:
-    r"""Make the policy `conflict`: the least change after which no reference loss rises to first order.
-
-    `min ‖Δ‖² subject to a_d·(c + Δ) ≥ 0 for every d`: the constraint of GEM (Lopez-Paz and Ranzato, 2017, eq. 11),
-    written in the coordinates of the subspace. Its dual is `min_{μ ≥ 0} ½ μᵀAAᵀμ + μᵀAc`, with `Δ = Aᵀμ`. With few
-    reference gradients the solution is found by trying every face of the cone, whose matrices are made here, once a
-    refresh; with many by an active-set method on the dual (Lawson and Hanson, 1974).
-
-    Args:
-        references: float64 `[groups, n, rank]`, unit reference gradients in orthonormal coordinates.
-
-    Returns:
-        the policy, from coefficients float64 `[groups, rank]` to `Δ` of the same shape.
-    """
-    normals, n = references, references.shape[1]
-    if n > _MOST_FACES:
-        return lambda c: _active_set(normals, c)
-
-    masks = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64, device=normals.device)
-    active = masks[None, :, :, None] * normals[:, None]  # [groups, faces, n, rank]
-    multipliers = -torch.linalg.pinv(active @ active.mT, hermitian=True) @ active  # μ of each face is this times c
-
-    def policy(c: torch.Tensor) -> torch.Tensor:
-        mu = torch.einsum("gfnr,gr->gfn", multipliers, c)
-        candidates = c[:, None] + torch.einsum("gfnr,gfn->gfr", active, mu)
-        slack = torch.einsum("gnr,gfr->gfn", normals, candidates)
-        # The optimum is the one face with μ ≥ 0 and no constraint broken; rounding decides between equals.
-        violation = (-slack).clamp(min=0).amax(-1) + (-mu).clamp(min=0).amax(-1)
-        best = violation.argmin(1)[:, None, None].expand(-1, 1, c.shape[1])
-        return candidates.gather(1, best)[:, 0] - c
-
-    return policy
-
-
-def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Solve the dual of `conflict_policy` for all groups at once, without a host synchronisation.
-
-    Lawson and Hanson's method with its two loops made one: in every step a group either moves to the optimum on its
-    active constraints and takes the most violated one in, or, where that would make a multiplier negative, goes only
-    as far as the first zero and drops that constraint. A group that is done stays where it is.
-
-    Args:
-        normals: float64 `[groups, n, rank]`.
-        c: float64 `[groups, rank]`.
-
-    Returns:
-        `Δ`, float64 `[groups, rank]`.
-    """
-    gram, n = normals @ normals.mT, normals.shape[1]
-    offset = torch.einsum("gnr,gr->gn", normals, c)
-    tolerance = 1e-12 * (1 + c.norm(dim=1, keepdim=True))
-    mu, active = torch.zeros_like(offset), torch.zeros_like(offset, dtype=torch.bool)
-    for _ in range(_ACTIVE_SET_STEPS * n):
-        block = gram * active[:, :, None] * active[:, None, :] + torch.diag_embed((~active).double())
-        solution = torch.linalg.solve_ex(block, -offset * active)[0]
-        blocked = active & (solution <= 0)
-        stuck = blocked.any(1, keepdim=True)
-
-        lengths = torch.where(blocked, mu / (mu - solution), torch.full_like(mu, torch.inf))
-        length = lengths.amin(1, keepdim=True).clamp(max=1.0)
-        mu = torch.where(stuck, mu + length * (solution - mu), solution) * active
-        dropped = stuck & (lengths <= length)
-        mu = mu.masked_fill(dropped, 0.0)
-
-        violation = (-offset - torch.einsum("gnm,gm->gn", gram, mu)).masked_fill(active, -torch.inf)
-        worst = violation.amax(1, keepdim=True)
-        taken = ~stuck & (violation == worst) & (worst > tolerance)
-        first = torch.zeros_like(active).scatter(1, taken.long().argmax(1, keepdim=True), True)
-        active = (active & ~dropped) | (taken & first)
-    return torch.einsum("gnr,gn->gr", normals, mu)
-
-
 def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Processes = ALONE) -> Projection:
     """Bind a method to a basis: make the function that projects gradients in place.
 
@@ -205,31 +135,33 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
     whitening = geometry.whitening
     inverse_gram = (whitening.mT @ whitening).float()
     conflict = conflict_policy(geometry.references) if method == "conflict" else None
-    fused = method == "orthogonal" and not processes.sharded
 
     @torch.no_grad()
     def project(
         gradients: Sequence[torch.Tensor | None], max_norm: float | None = None, measure: bool = False
     ) -> ProjectionStats:
         delta = None
-        if fused:
+        if method == "orthogonal" and not processes.sharded:
             products, squared_norms, norm = plan.orthogonal_(gradients, inverse_gram, max_norm)
         else:
             products, squared_norms = _coefficients(plan, gradients, processes)
             norm = squared_norms.sum().sqrt()
-        if method != "monitor" and not fused:
-            c, finite = _whiten(geometry, products), norm.isfinite()
-            delta = torch.where(finite, conflict(c) if conflict is not None else -c, 0.0)
-            left = (squared_norms + 2 * (c * delta).sum(1) + delta.square().sum(1)).clamp(min=0).sum().sqrt()
-            norm = torch.where(finite, left.float(), norm)
-            scale = _clipping_factor(norm, max_norm)
-            plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta).float(), scale)
+            if method == "orthogonal":
+                step, scale, norm = orthogonal_step(products.double(), squared_norms.double(), inverse_gram, max_norm)
+                plan.apply_(gradients, step, scale)
+            elif conflict is not None:
+                c, finite = _whiten(geometry, products), norm.isfinite()
+                delta = torch.where(finite, conflict(c), 0.0)
+                left = (squared_norms + 2 * (c * delta).sum(1) + delta.square().sum(1)).clamp(min=0).sum().sqrt()
+                norm = torch.where(finite, left.float(), norm)
+                step = torch.einsum("gij,gi->gj", whitening, delta).float()
+                plan.apply_(gradients, step, clipping_factor(norm, max_norm))
 
         residual = None
         if measure:
-            norms, scale = squared_norms.sqrt(), None if method == "monitor" else _clipping_factor(norm, max_norm)
-            norms = norms if scale is None else scale * norms
-            residual, left = _residual(plan, gradients, processes, geometry, norms)
+            scale = None if method == "monitor" else clipping_factor(norm, max_norm)
+            before = squared_norms.sqrt() if scale is None else scale * squared_norms.sqrt()
+            residual, left = _residual(plan, gradients, processes, geometry, before)
             if max_norm is None and any(gradient is None for gradient in gradients):
                 norm = left
         return ProjectionStats(norm, residual, squared_norms, products, delta, geometry)
@@ -240,11 +172,6 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
 def _whiten(geometry: Geometry, products: torch.Tensor) -> torch.Tensor:
     """Turn products with the basis as stored into coefficients in orthonormal coordinates, float64."""
     return torch.einsum("gij,gj->gi", geometry.whitening, products.double())
-
-
-def _clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
-    """Return the factor of `torch.nn.utils.clip_grad_norm_`, None where nothing is clipped."""
-    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _coefficients(

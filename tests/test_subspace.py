@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.geometry import gram_matrices
-from llamafactory_ogpsa.projection import conflict_policy
+from llamafactory_ogpsa.kernels.policy import conflict_policy
 
 
 SHAPES = {"a": (5, 7), "b": (11,), "c": (3, 4, 2), "d": (1,)}

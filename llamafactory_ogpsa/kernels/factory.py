@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .basis import ResidentBasis
+from .basis import ResidentBasis, StreamedBasis
 from .plan import Plan
-from .streaming import StreamedBasis
 from .torch_plan import TorchPlan
 
 

@@ -148,8 +148,8 @@ def reduce_kernel(
     partials,
     group_tiles,
     inverse_gram,
-    c_out,
-    sq_out,
+    products_out,
+    squared_norms_out,
     delta_out,
     norms,
     num_tiles,
@@ -159,11 +159,11 @@ def reduce_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its Δ.
+    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its Δ by the policy ``orthogonal``.
 
-    Writes ``c_out`` float32 ``[num_groups, RANK]`` and ``sq_out`` float32 ``[num_groups]``; with SOLVE also
-    ``delta_out`` float32 ``[num_groups, RANK]``, ``-A c``, and ``norms`` float64 ``[2, num_groups]``, the squared norm
-    before and after the projection.
+    Writes ``products_out`` float32 ``[num_groups, RANK]`` and ``squared_norms_out`` float32 ``[num_groups]``; with SOLVE
+    also ``delta_out`` float32 ``[num_groups, RANK]``, ``-A p``, and ``norms`` float64 ``[2, num_groups]``, the squared
+    norm before and after the projection. In torch this is ``policy.orthogonal_step``.
     """
     group = tl.program_id(0).to(tl.int64)
     begin = tl.load(group_tiles + group)
@@ -180,18 +180,18 @@ def reduce_kernel(
         squares += tl.load(table + RANK * num_tiles.to(tl.int64), at < end, other=0.0).to(tl.float64)
         begin += BLOCK
         at += BLOCK
-    sq = tl.sum(squares, 0)
-    c = tl.where(sq < _TINY, 0.0, tl.sum(dots, 1))
-    tl.store(c_out + group * RANK + rows, c.to(tl.float32), rows < RANK)
-    tl.store(sq_out + group, sq.to(tl.float32))
+    squared_norm = tl.sum(squares, 0)
+    products = tl.where(squared_norm < _TINY, 0.0, tl.sum(dots, 1))
+    tl.store(products_out + group * RANK + rows, products.to(tl.float32), rows < RANK)
+    tl.store(squared_norms_out + group, squared_norm.to(tl.float32))
     if SOLVE:
         entries = group * RANK * RANK + rows[:, None] * RANK + rows[None, :]
         inside = (rows < RANK)[:, None] & (rows < RANK)[None, :]
         a = tl.load(inverse_gram + entries, inside, other=0.0).to(tl.float64)
-        removed = tl.sum(a * c[None, :], 1)
+        removed = tl.sum(a * products[None, :], 1)
         tl.store(delta_out + group * RANK + rows, (-removed).to(tl.float32), rows < RANK)
-        kept = sq - tl.sum(c * removed, 0)
-        tl.store(norms + group, sq)
+        kept = squared_norm - tl.sum(products * removed, 0)
+        tl.store(norms + group, squared_norm)
         tl.store(norms + num_groups + group, tl.where(kept < 0.0, 0.0, kept))
 
 

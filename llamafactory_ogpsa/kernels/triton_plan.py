@@ -135,7 +135,7 @@ class TritonPlan(Plan):
             for bucket in self._source.load():
                 self._sum(_launch, *self._spans[bucket])
 
-            c, sq = self._reduce(_launch, inverse_gram.contiguous())
+            products, squared_norms = self._reduce(_launch, inverse_gram.contiguous())
             # Without tiles there is no program to write it.
             norm = (torch.empty_like if self._num_tiles else torch.zeros_like)(self._one)
             for bucket in self._source.load():
@@ -144,7 +144,7 @@ class TritonPlan(Plan):
         for gradient, copy in copied:
             gradient.copy_(copy)
 
-        return c, sq, norm
+        return products, squared_norms, norm
 
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
         indices = _integers([DTYPES.index(dtype) for dtype in dtypes])[self._piece_tensor]
@@ -207,16 +207,16 @@ class TritonPlan(Plan):
         )
 
     def _reduce(self, start: Start, inverse_gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        c = torch.empty_like(self._delta)
-        sq = self._delta.new_empty(self.num_groups)
+        products = torch.empty_like(self._delta)
+        squared_norms = self._delta.new_empty(self.num_groups)
         start(
             reduce_kernel,
             self.num_groups,
             self._partials,
             self._group_tiles,
             self._one if inverse_gram is None else inverse_gram,
-            c,
-            sq,
+            products,
+            squared_norms,
             self._delta,
             self._norms,
             self._num_tiles,
@@ -224,7 +224,7 @@ class TritonPlan(Plan):
             SOLVE=inverse_gram is not None,
             **self._reduce_options,
         )
-        return c, sq
+        return products, squared_norms
 
     def _apply(
         self,
