@@ -83,7 +83,7 @@ def order_gradients(
     check_mapping("`gradients`", gradients)
     known = {name: gradients[name] for name in names if name in gradients}
     if not known:
-        # A wrapper's prefix on every name would otherwise switch the projection off, and no figure would show it.
+        # Names with a wrapper's prefix would otherwise turn the projection off silently.
         raise ValueError(f"`gradients` has none of the subspace's names: {some(names)}; it has {some(gradients)}")
     check_tensors("`gradients`", known, dtypes)
     for name, size in zip(names, sizes, strict=True):

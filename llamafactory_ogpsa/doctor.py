@@ -1,6 +1,6 @@
 """`llamafactory-ogpsa doctor`: can OGPSA train here, and if not, what to fix.
 
-Every check is a function that returns findings and never raises for what it looks for.
+Every check is a function that yields findings and does not raise for the problems that it checks for.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kerne
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `FAIL` keeps OGPSA from training, `NOTE` does not."""
+    """The result of a check; with `FAIL` OGPSA cannot train, with `NOTE` it can."""
 
     state: str
     subject: str
@@ -43,7 +43,7 @@ class Finding:
 
 
 def examine() -> int:
-    """Print what every check finds; return 0 where OGPSA can train, 1 otherwise."""
+    """Print the findings of every check; return 0 where OGPSA can train, 1 otherwise."""
     failures = 0
     for check in CHECKS:
         for finding in check():
@@ -67,7 +67,7 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_entry_point() -> Iterator[Finding]:
-    """Is the entry point that `import torch` calls among those of the installed packages?"""
+    """Is the entry point that `import torch` calls installed?"""
     expected = f"{register.__module__}:{register.__name__}"
     if any(point.value == expected for point in entry_points(group="torch.backends")):
         yield Finding(OK, "entry point", f"torch.backends has {expected}")
@@ -82,7 +82,7 @@ def check_entry_point() -> Iterator[Finding]:
 
 
 def check_torch() -> Iterator[Finding]:
-    """Can torch and the packages built on it be imported together? LLaMA-Factory needs them all."""
+    """Can torch and the packages built on it, which LLaMA-Factory needs, be imported together?"""
     for name in ("torch", "torchvision", "torchaudio"):
         error = import_error(name)
         if error:
@@ -99,7 +99,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def cuda_of(package: str) -> str | None:
-    """Return the CUDA version that a wheel of PyTorch's was built for, by its version's suffix; None if it has none."""
+    """Return the CUDA version of a wheel of PyTorch's, from its version's suffix; None without a suffix."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
     if path is None or not path.is_file():
@@ -111,8 +111,8 @@ def cuda_of(package: str) -> str | None:
 def compare_cuda(torch_cuda: str | None, audio_cuda: str | None) -> Finding:
     """Is torch built for the CUDA that torchaudio is built for?
 
-    torchaudio requires no particular torch, and a torch for another CUDA makes its import fail, and with it every
-    `llamafactory-cli train`. No resolver sees this: it is not in the packages' requirements.
+    With a torch for another CUDA, importing torchaudio fails, and so does every `llamafactory-cli train`. pip cannot
+    prevent it, because the packages' requirements do not name the CUDA version.
     """
     if torch_cuda is None or audio_cuda is None or torch_cuda == audio_cuda:
         built = "no CUDA" if torch_cuda is None else f"CUDA {torch_cuda}"
@@ -170,7 +170,7 @@ def is_hooked() -> bool:
 def check_seams() -> Iterator[Finding]:
     """Does every module of LLaMA-Factory that OGPSA patches look as expected, and is it patched?"""
     hooked = is_hooked()
-    register()  # where `import torch` has not: the question then is what would be patched
+    register()  # if `import torch` did not: then the check is what would be patched
     for name in SEAMS:
         error = seam_error(name)
         if error is None:
@@ -200,7 +200,7 @@ def seam_error(name: str) -> str | None:
     if error:
         return f"cannot be imported ({error})"
 
-    # Where the hook could not patch the module, it has said why.
+    # The hook prints the reason where it cannot patch a module.
     reasons = [line.partition(f"OGPSA is not available, {name}: ")[2] for line in printed.getvalue().splitlines()]
     if any(reasons):
         return f"not patched ({''.join(reasons)})"
@@ -212,7 +212,7 @@ def seam_error(name: str) -> str | None:
 
 
 def workflow_error(stage: str) -> str | None:
-    """Return what a stage's workflow lacks, None where a run of it can be patched."""
+    """Return why a run of a stage cannot be patched, None where it can."""
     from .plugin.workflow import check_seam
 
     try:

@@ -23,7 +23,7 @@ _SLICE = 1 << 13
 
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide, anything over 0 being 0: a gradient of norm zero has nothing removed and no angle with anything."""
+    """Divide; anything over 0 is 0, as the cosines of a gradient of norm zero are."""
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
@@ -98,8 +98,8 @@ def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weight
 
 
 def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the first `rank` rows of a tensor and give the memory of the others back, where that frees any."""
-    # Freed pinned memory stays with the process: a copy would only add to it.
+    """Return the first `rank` rows of a tensor and free the memory of the others, where that is possible."""
+    # Freed pinned memory stays with the process: a copy would need more.
     if rank == row.shape[0] or row.is_pinned():
         return row[:rank]
     kept = row[:rank].clone()
@@ -109,7 +109,7 @@ def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The few numbers that describe a basis, one entry a group; all that a policy needs beside the coefficients.
+    """The few numbers that describe a basis, one entry a group.
 
     Attributes:
         whitening: float64 `[groups, rank, rank]`, `T` with `Uᵀ = T B` orthonormal, where `B` is the basis as stored, whose
@@ -144,9 +144,9 @@ def orthonormalise_(
 ) -> tuple[list[torch.Tensor], Geometry]:
     """Turn reference gradients into an orthonormal basis of their span, in their own memory.
 
-    The basis comes from the eigenvectors of the Gram matrix of the unit reference gradients (every capability weighs
-    the same, however large its gradient): `C = V Λ Vᵀ`, `U = Λ^{-1/2} Vᵀ R`. Directions whose eigenvalue is below
-    what rounding alone produces are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
+    The basis comes from the eigenvectors of the Gram matrix of the unit reference gradients (every capability has the
+    same weight, however large its gradient): `C = V Λ Vᵀ`, `Uᵀ = Λ^{-1/2} Vᵀ R`. Directions whose eigenvalue may come
+    from rounding alone are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
 
     Args:
         rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten, or emptied.

@@ -10,7 +10,7 @@ from .engines.processes import Processes
 
 
 class Segment(NamedTuple):
-    """A run of whole rows, or a part of one row, of a piece.
+    """Consecutive whole rows, or a part of one row, of a piece.
 
     Attributes:
         start: the first element in the piece.
@@ -51,7 +51,7 @@ def find_cuts(
             own[index][0] = float(first)
         if (offset + size) % width and not (offset % width and first == last):
             own[index][1] = float(last)
-    # A table with a line for each process, of which it fills its own.
+    # A table with a line for each process, which fills its own.
     table = [0.0] * (2 * len(widths) * processes.size)
     start = 2 * len(widths) * processes.rank
     table[start : start + 2 * len(widths)] = [row + 1 for pair in own for row in pair]

@@ -38,17 +38,46 @@ _RESIDUAL_FLOOR = 1e-3
 Projection = Callable[..., "ProjectionStats"]
 
 
+class StepFigures:
+    """The figures that every scope has; a figure is worked out when it is read, which waits for the device."""
+
+    norm_tensor: torch.Tensor
+    residual_tensor: torch.Tensor | None
+
+    @property
+    def finite_tensor(self) -> torch.Tensor:
+        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
+        return self.norm_tensor.isfinite()
+
+    @property
+    def finite(self) -> bool:
+        """False where the gradient held inf or NaN and was left as it was."""
+        return bool(self.finite_tensor.item())
+
+    @property
+    def norm(self) -> float:
+        """`‖g̃‖`, before clipping."""
+        return self.norm_tensor.item()
+
+    @property
+    def residual(self) -> float | None:
+        """What of the projected gradient still lies in the subspace, see `residual_tensor`; None if not measured."""
+        return None if self.residual_tensor is None else self.residual_tensor.item()
+
+
 @dataclass(frozen=True)
-class ProjectionStats:
+class ProjectionStats(StepFigures):
     """What one projection measured, on the gradient's device; a figure is worked out when it is read.
 
     Attributes:
         norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim. Where a
             tensor has no gradient and nothing measures, it is counted as if a gradient of zeros had been projected.
-        residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
+        residual_tensor: the largest |cos| left between the gradient and a basis direction of its group; None where it
+            was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
         products: `B g` with the basis as stored, float32 `[groups, rank]`.
-        policy_delta: the `Δ` that a policy chose, float64 `[groups, rank]`; None where the kernels chose `-c`, or nothing was applied.
+        policy_delta: the `Δ` of `conflict`, float64 `[groups, rank]`; None for `orthogonal`, whose `Δ` is `-c`, and for
+            `monitor`.
         geometry: that of the basis.
     """
 
@@ -60,11 +89,6 @@ class ProjectionStats:
     geometry: Geometry
 
     has_cosines = True
-
-    @property
-    def finite_tensor(self) -> torch.Tensor:
-        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
-        return self.norm_tensor.isfinite()
 
     @cached_property
     def coefficients(self) -> torch.Tensor:
@@ -79,19 +103,9 @@ class ProjectionStats:
         return torch.where(self.finite_tensor, -self.coefficients, 0.0)
 
     @property
-    def norm(self) -> float:
-        """`‖g̃‖`, before clipping."""
-        return self.norm_tensor.item()
-
-    @property
     def removed(self) -> float:
         """`‖g − g̃‖ / ‖g‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
         return ratio(self.delta.square().sum().sqrt(), self.squared_norms.sum().sqrt()).item()
-
-    @property
-    def finite(self) -> bool:
-        """False where the gradient held inf or NaN and was left as it was."""
-        return bool(self.finite_tensor.item())
 
     @property
     def cosines(self) -> list[float]:
@@ -109,11 +123,6 @@ class ProjectionStats:
         geometry = self.geometry
         overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
         return ratio(overlap, norm).tolist()
-
-    @property
-    def residual(self) -> float | None:
-        """The largest |cos| left between the gradient and a basis direction of its group; None if not measured."""
-        return None if self.residual_tensor is None else self.residual_tensor.item()
 
 
 def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Processes = ALONE) -> Projection:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .errors import RecipeError
 
 
-# The first of these that a general task has is its figure.
+# A general task is scored by the first of these that it has.
 METRICS = ("prompt_level_strict_acc", "exact_match", "acc_norm", "acc")
 SAFETY = {
     "ogpsa_strongreject": "refuses StrongREJECT ↑",
@@ -24,7 +24,7 @@ def read_scores(folder: Path) -> dict[str, float]:
     """Read the scores below a folder given to `evaluate --output`, of the newest file where a task is in several.
 
     Returns:
-        the score by column: the general tasks, and the columns of `SAFETY`; what was not measured is missing.
+        the score by column: the general tasks, and the columns of `SAFETY` that were measured.
 
     Raises:
         RecipeError: there are no results.
