@@ -132,6 +132,14 @@ class Geometry:
         tensors = [getattr(self, name).to(device) for name in ("whitening", "references", "shares", "norms")]
         return Geometry(*tensors, self.ranks)
 
+    def coefficients(self, products: torch.Tensor) -> torch.Tensor:
+        """Return `c = Uᵀg = T p` of the products `p = B g` with the basis as stored; float64 `[groups, rank]`."""
+        return torch.einsum("gij,gj->gi", self.whitening, products.double())
+
+    def overlaps(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return `⟨g, r_d⟩ / ‖r_d‖` over all groups for each reference set; float64 `[sets]`."""
+        return torch.einsum("gnr,gr,gn->n", self.references, coefficients, self.shares)
+
 
 def orthonormalise_(
     rows: Sequence[torch.Tensor],

@@ -11,8 +11,8 @@ step is
 4. apply: `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further
    read.
 
-Where nothing has to be reduced, `orthogonal` is one call of the plan, which need not come back to torch between 1 and
-4; with Triton that is three launches.
+Where nothing has to be reduced, `orthogonal` is one call of the plan; with Triton that is three launches, with no other
+operation between them.
 
 Nothing here waits for the device; only reading a figure of `ProjectionStats` does. The few numbers are float64: that
 costs nothing, and keeps TF32 out of them where a run allows it.
@@ -93,7 +93,7 @@ class ProjectionStats(StepFigures):
     @cached_property
     def coefficients(self) -> torch.Tensor:
         """`c = Uᵀg`, float64 `[groups, rank]`."""
-        return _whiten(self.geometry, self.products)
+        return self.geometry.coefficients(self.products)
 
     @cached_property
     def delta(self) -> torch.Tensor:
@@ -110,23 +110,19 @@ class ProjectionStats(StepFigures):
     @property
     def cosines(self) -> list[float]:
         """The cosine of the gradient with the gradient of each reference set, before the projection."""
-        return self._cosines(self.coefficients, self.squared_norms.sum().sqrt())
+        return ratio(self.geometry.overlaps(self.coefficients), self.squared_norms.sum().sqrt()).tolist()
 
     @property
     def projected_cosines(self) -> list[float]:
         """The same after the projection: 0 for `orthogonal` with a full rank, for `monitor` what it would be."""
         coefficients = self.coefficients + self.delta
         change = (coefficients.square() - self.coefficients.square()).sum()
-        return self._cosines(coefficients, (self.squared_norms.sum() + change).clamp(min=0).sqrt())
-
-    def _cosines(self, coefficients: torch.Tensor, norm: torch.Tensor) -> list[float]:
-        geometry = self.geometry
-        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
-        return ratio(overlap, norm).tolist()
+        norm = (self.squared_norms.sum() + change).clamp(min=0).sqrt()
+        return ratio(self.geometry.overlaps(coefficients), norm).tolist()
 
 
 def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Processes = ALONE) -> Projection:
-    """Bind a method to a basis: make the function that projects gradients in place.
+    """Make the function that projects gradients in place, of a method and a basis.
 
     Args:
         plan: the kernels over the stored basis `B`.
@@ -159,7 +155,7 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
                 step, scale, norm = orthogonal_step(products.double(), squared_norms.double(), inverse_gram, max_norm)
                 plan.apply_(gradients, step, scale)
             elif conflict is not None:
-                c, finite = _whiten(geometry, products), norm.isfinite()
+                c, finite = geometry.coefficients(products), norm.isfinite()
                 delta = torch.where(finite, conflict(c), 0.0)
                 left = (squared_norms + 2 * (c * delta).sum(1) + delta.square().sum(1)).clamp(min=0).sum().sqrt()
                 norm = torch.where(finite, left.float(), norm)
@@ -176,11 +172,6 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
         return ProjectionStats(norm, residual, squared_norms, products, delta, geometry)
 
     return project
-
-
-def _whiten(geometry: Geometry, products: torch.Tensor) -> torch.Tensor:
-    """Turn products with the basis as stored into coefficients in orthonormal coordinates, float64."""
-    return torch.einsum("gij,gj->gi", geometry.whitening, products.double())
 
 
 def _coefficients(
@@ -215,6 +206,6 @@ def _residual(
         the norm of all groups, 0-dim.
     """
     products, left = _coefficients(plan, gradients, processes)
-    coefficients = _whiten(geometry, products).abs().amax(1)
-    cosines = ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms))
+    largest = geometry.coefficients(products).abs().amax(1)
+    cosines = ratio(largest, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms))
     return cosines.max(), left.sum().sqrt()

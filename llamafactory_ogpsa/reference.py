@@ -220,9 +220,15 @@ def accumulate_gradient(
     batch_weights = engine.processes.totals(weights)
     kept, scale = list(range(len(batches))), engine.loss_scale
     while True:
-        total = sum(batch_weights[position] for position in kept)
-        losses = _accumulate(reference, batches, kept, weights, total, engine, scale, on_batch)
-        on_batch = _nothing
+        total, losses = sum(batch_weights[position] for position in kept), []
+        engine.clear()
+        for position in kept:
+            loss = reference.loss(reference.collate(reference.read(batches[position][0])), weights[position], total)
+            losses.append(loss.item())
+            engine.backward(loss, scale, last=position == kept[-1])
+            on_batch()
+        engine.complete()
+        losses, on_batch = engine.processes.totals(losses), _nothing
         failed = [position for position, loss in zip(kept, losses, strict=True) if not math.isfinite(loss)]
         if failed:
             kept = [position for position in kept if position not in failed]
@@ -239,29 +245,6 @@ def accumulate_gradient(
         if scale <= 1:
             raise FloatingPointError("the gradient is not finite")
         scale = max(1.0, scale / _SCALE_STEP)
-
-
-def _accumulate(
-    reference: ReferenceSet,
-    batches: Sequence[tuple[list[int], int]],
-    kept: Sequence[int],
-    weights: Sequence[float],
-    total: float,
-    engine: Engine,
-    scale: float,
-    on_batch: Callable[[], None],
-) -> list[float]:
-    """Accumulate the gradient of some batches, times `scale`; return their losses, each summed over the processes."""
-    engine.clear()
-    losses = []
-    for position in kept:
-        batch = reference.collate(reference.read(batches[position][0]))
-        loss = reference.loss(batch, weights[position], total)
-        losses.append(loss.item())
-        engine.backward(loss, scale, last=position == kept[-1])
-        on_batch()
-    engine.complete()
-    return engine.processes.totals(losses)
 
 
 def _all_finite(tensors: Sequence[torch.Tensor]) -> bool:

@@ -43,7 +43,7 @@ class Subspace:
             basis: their bases, `[rank, numel_i]`, as `orthonormalise_` returns them.
             geometry: its geometry.
             groups: the group of each tensor.
-            device: where the gradients live; None: where the basis is.
+            device: where the gradients are; None: where the basis is.
             processes: those that gradients and basis may be split over.
         """
         self.names = tuple(names)
@@ -161,24 +161,21 @@ class Subspace:
 
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu") -> "Subspace | InputSubspace":
-        """Read a subspace that `save` wrote.
+        """Read a subspace that `save` wrote; it projects like the saved one, to the last bit.
 
         Args:
             path: the file.
             device: where the gradients will be.
 
-        Returns:
-            the subspace, which projects as the one that was saved, to the last bit.
-
         Raises:
-            ValueError: the file is missing, damaged or no subspace.
+            ValueError: the file is missing, damaged or not a subspace.
         """
         try:
             with open_tensors(path) as (read, metadata, _):
                 if "inputs" in metadata:
                     return InputSubspace.load(path, device)
                 if "subspace" not in metadata:
-                    raise ValueError("is no subspace")
+                    raise ValueError("is not a subspace")
                 kept = json.loads(metadata["subspace"])
                 basis = [read(f"basis.{name}").to(device) for name in kept["names"]]
                 subspace = cls(kept["names"], basis, read_geometry(read), kept["groups"])
@@ -208,7 +205,7 @@ class Subspace:
             sums[self.groups[index], :-1] += products_with(self.basis[index], change)
             sums[self.groups[index], -1] += torch.linalg.vector_norm(change, dtype=torch.float64).square()
         sums = self.processes.sum_pieces(sums)
-        return torch.einsum("gij,gj->gi", self.geometry.whitening, sums[:, :-1]), sums[:, -1].sum()
+        return self.geometry.coefficients(sums[:, :-1]), sums[:, -1].sum()
 
     def plan(self, kernel: str = "auto") -> Plan:
         """Return the kernels over this basis, prepared at their first use; see `kernels.make_plan`."""

@@ -17,7 +17,7 @@ class Zero12Engine(ZeroEngine):
         return bool(self._zero.cpu_offload)
 
     def _find_places(self) -> list[Place | None]:
-        # Not `_hp_mapping`, which does not know of `round_robin_gradients`.
+        # Not `_hp_mapping`, which ignores `round_robin_gradients`.
         zero, places = self._zero, {}
         for group, params in enumerate(zero.params_in_partition):
             offsets, starts = zero.grad_partition_insertion_offset[group], zero.grad_start_offset[group]
@@ -54,7 +54,7 @@ class Zero12Engine(ZeroEngine):
                 tensors[group] = None
         if self._offload:
             zero.reset_cpu_buffers()
-            # A parameter that the next backward pass does not reach would keep, or be added to, what is in these.
+            # A parameter that the next backward pass does not reach would keep these numbers, or add to them.
             for buffer in [*self._buffers(), *zero.accumulated_grads_in_cpu.values()]:
                 buffer.zero_()
 
@@ -123,7 +123,7 @@ def make_zero_engine(model: torch.nn.Module, engine: Any) -> ZeroEngine:
     """Make the engine of a DeepSpeed run.
 
     Raises:
-        ValueError: not a ZeRO optimizer of stage 1, 2 or 3 that OGPSA knows; says which.
+        ValueError: not a ZeRO optimizer of stage 1, 2 or 3 that OGPSA supports; names it.
         RuntimeError: this version of DeepSpeed does not look as expected.
     """
     kind = type(engine.optimizer).__name__

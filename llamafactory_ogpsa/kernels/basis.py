@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 
-# Two of these are held on the device: long enough for a copy to reach the bus's speed, little beside the gradients.
+# Size of each of the two buffers on the device: enough for a copy to reach the bus's speed, small against the gradients.
 BUCKET_BYTES = 64 << 20
 ALIGNMENT = 256
 # Where tensors are cut: their second pieces stay aligned to 16 bytes.
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class ResidentBasis:
-    """A basis on the device that computes: one piece a tensor, all of them at hand.
+    """A basis on the device that computes, one piece a tensor.
 
     Pieces come in the order of their groups, so that each group's partial sums lie together; empty tensors have none.
 
@@ -89,7 +89,7 @@ class StreamedBasis(ResidentBasis):
     def load(self) -> Iterator[range]:
         """Yield each bucket, a range of ``pieces``, while its basis may be read.
 
-        Work on a bucket must have been queued on the current stream before the next bucket is asked for.
+        Work on a bucket must be queued on the current stream before the next bucket is taken.
         """
         if self._copier is None:
             for bucket in self.buckets:
@@ -116,16 +116,9 @@ class StreamedBasis(ResidentBasis):
             released = main.record_event()
 
     def _place(self, tensor: torch.Tensor, index: int, group: int, used: int) -> int:
-        """Make a tensor's pieces, in the last bucket as far as there is room and then in new ones.
+        """Make the pieces of a tensor's basis ``[rank, numel]``, in the last bucket while it has room, then in new ones.
 
-        Args:
-            tensor: the basis of one parameter tensor, ``[rank, numel]``.
-            index: of the parameter tensor.
-            group: of the parameter tensor.
-            used: bytes used in the last bucket.
-
-        Returns:
-            Bytes used in the bucket that is now the last.
+        ``used`` is the number of bytes used in the last bucket; the new number is returned.
         """
         rank, numel = tensor.shape
         width = rank * tensor.itemsize
@@ -156,7 +149,7 @@ class StreamedBasis(ResidentBasis):
     def _copy(self, bucket: range) -> None:
         for i in bucket:
             place, host = self.pieces[i].basis, self._host[i]
-            # Only contiguous memory is copied without the host's help: rows, or a whole tensor at once.
+            # Only contiguous memory is copied asynchronously: rows, or a whole tensor at once.
             parts = [(place, host)] if host.is_contiguous() else zip(place, host, strict=True)
             for to, source in parts:
                 to.copy_(source, non_blocking=True)

@@ -89,8 +89,8 @@ def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """Solve the dual of `conflict_policy` for all groups at once, without a host synchronisation.
 
     Lawson and Hanson's method with its two loops made one: in every step a group either moves to the optimum on its
-    active constraints and takes the most violated one in, or, where that would make a multiplier negative, goes only
-    as far as the first zero and drops that constraint. A group that is done stays where it is.
+    active constraints and adds the most violated one, or, where that would make a multiplier negative, moves until the
+    first multiplier is zero and drops that constraint. A group that is done does not move.
 
     Args:
         normals: float64 `[groups, n, rank]`.

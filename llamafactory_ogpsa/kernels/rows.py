@@ -1,4 +1,4 @@
-"""The two passes of scope `inputs`, over one matrix at a time: what its rows have in the span of a basis, and its removal.
+"""The two passes of scope `inputs`, over one matrix at a time.
 
 For a gradient ``G [rows, in]`` and a basis ``V [k, in]`` with orthonormal rows, ``C = G Vᵀ`` and ``G ← s (G − C V)``.
 """
@@ -62,7 +62,7 @@ class TorchRows:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, also where a run lets its own products be TF32."""
+    """Multiply float32 matrices in float32, also in a run that allows TF32."""
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:

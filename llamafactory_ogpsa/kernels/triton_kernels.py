@@ -69,9 +69,9 @@ def _store_kind(values, address, first, lanes, left, KIND: tl.constexpr):
 
 @triton.jit
 def _locate(address, first, lanes, left, KIND: tl.constexpr):
-    # Rounding down changes nothing for this kind, and shows the compiler that wide accesses are right. A bare hint
-    # (tl.multiple_of) would hold for the value everywhere, in the other kinds' branches too; on the pointer, which is
-    # this branch's own, one is needed because the compiler forgets what it knew of the address.
+    # Rounding down changes nothing for this kind, and lets the compiler use wide accesses. A hint (tl.multiple_of) on the
+    # address would hold in the other kinds' branches too; the pointer, which only this branch has, needs one because the
+    # compiler loses the alignment in the cast.
     if KIND % 2 == 0:
         address = address // 16 * 16
         left = left // 8 * 8
@@ -215,7 +215,7 @@ def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
     max_norm = tl.full([], max_norm, tl.float32)
     norm = tl.sqrt(tl.where(finite, kept, total.to(tl.float64)))
     factor = max_norm / (norm + 1e-6)
-    # A factor that is not a number stays, as in torch.
+    # NaN stays NaN, as in torch.
     factor = tl.where((max_norm < 0.0) | (factor > 1.0), 1.0, factor)
     return factor.to(tl.float32), finite, norm.to(tl.float32)
 
@@ -267,7 +267,7 @@ def apply_kernel(
         d = tl.load(delta + group * RANK + all_rows, all_rows < RANK, other=0.0)
         if DECIDE:
             d = tl.where(finite, d, 0.0)
-        # Not touching what does not change leaves it bit for bit as it is, whatever its values.
+        # Without a write, values that do not change keep their bits, also NaN.
         changes = (gradient != 0) & ((s != 1.0) | (tl.max((d != 0.0).to(tl.int32), 0) > 0))
         size = tl.where(changes, tl.minimum(length - start, TILE), 0).to(tl.int32)
         i = tl.full([], 0, tl.int32)
@@ -286,5 +286,5 @@ def apply_kernel(
         tile -= tl.num_programs(0)
 
 
-# With TRITON_INTERPRET=1 in the environment the decorator made something else, which takes tensors on the CPU.
+# With TRITON_INTERPRET=1 in the environment the decorator returns another type, which takes tensors on the CPU.
 INTERPRETED = not isinstance(apply_kernel, triton.JITFunction)

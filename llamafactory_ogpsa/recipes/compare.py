@@ -1,7 +1,6 @@
 """`llamafactory-ogpsa compare`: result folders of lm-evaluation-harness → a table and a scatter plot."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,11 +107,7 @@ def draw(rows: Rows, path: Path) -> None:
         axes.set(xlabel=f"{AVERAGE[:-1]}(%) ↑", ylabel=f"{column[:-1]}(%) {column[-1]}")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(points.values()), loc="outside right center")
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
-        os.replace(temporary, path)
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as err:
         raise RecipeError(f"cannot write the picture {path}: {getattr(err, 'strerror', None) or err}.") from err
-    finally:
-        temporary.unlink(missing_ok=True)

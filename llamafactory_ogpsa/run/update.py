@@ -124,7 +124,7 @@ def update_figures(subspace: Any, changes: Changes, names: list[str]) -> dict[st
     figures: dict[str, Any] = {"update_share": ratio(coefficients.square().sum().sqrt(), norm).item()}
     geometry = subspace.geometry
     if geometry is not None:
-        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
-        figures["update_cosine"] = dict(zip(names, ratio(overlap, norm).tolist(), strict=True))
-        figures["update_loss_change"] = dict(zip(names, (overlap * geometry.norms).tolist(), strict=True))
+        overlaps = geometry.overlaps(coefficients)
+        figures["update_cosine"] = dict(zip(names, ratio(overlaps, norm).tolist(), strict=True))
+        figures["update_loss_change"] = dict(zip(names, (overlaps * geometry.norms).tolist(), strict=True))
     return figures
