@@ -39,15 +39,12 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
         def training_step(self, *args, **kwargs):
             if self.is_deepspeed_enabled:
                 # DeepSpeed clips in its step, by the norm of the projected gradient.
-                with before_step(self.model_wrapped, lambda: project(self, None)):
+                with before_step(self.model_wrapped, lambda: project(self, clip=False)):
                     return super().training_step(*args, **kwargs)
 
             loss = super().training_step(*args, **kwargs)
             if self.accelerator.sync_gradients:
-                if finetuning_args.ogpsa_method == "monitor":
-                    project(self, None)
-                else:
-                    project_and_clip(self)
+                project(self, clip=finetuning_args.ogpsa_method != "monitor")
             return loss
 
         # `save_only_model` skips this call, and `trainer_state.json`, without which a checkpoint cannot be resumed from,
@@ -113,24 +110,23 @@ def make_host(trainer: Any) -> Host:
     )
 
 
-def project(trainer: Any, max_norm: float | None) -> Any:
-    """Project the accumulated gradient of a trainer; return the figures."""
-    return trainer.ogpsa.project(max_norm, will_log(trainer), bare_optimizer(trainer.optimizer))
+def project(trainer: Any, clip: bool) -> None:
+    """Project the accumulated gradient; with `clip` also clip it, in the same pass, instead of the accelerator.
 
-
-def project_and_clip(trainer: Any) -> None:
-    """Project and clip the accumulated gradient in one pass, instead of the accelerator's own clipping.
-
-    Its next `clip_grad_norm_` then only returns the norm of the projected gradient.
+    The accelerator's next `clip_grad_norm_` then only returns the norm of the projected gradient.
     """
-    trainer.accelerator.unscale_gradients()
-    max_norm = trainer.args.max_grad_norm
-    stats = project(trainer, max_norm if max_norm is not None and max_norm > 0 else None)
-    trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: stats.norm_tensor
+    max_norm = None
+    if clip:
+        trainer.accelerator.unscale_gradients()
+        if (trainer.args.max_grad_norm or 0) > 0:
+            max_norm = trainer.args.max_grad_norm
+    stats = trainer.ogpsa.project(max_norm, will_log(trainer), bare_optimizer(trainer.optimizer))
+    if clip:
+        trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: stats.norm_tensor
 
 
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Take accelerate's and DeepSpeed's wrappers off an optimizer."""
+    """Return the optimizer inside accelerate's and DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
