@@ -28,10 +28,7 @@ def check_tensors(what: str, gradients: Any, dtypes: Sequence[torch.dtype] | Non
 
 
 def check_references(gradients: Any) -> list[str]:
-    """Check reference gradients: a list of dicts with the same names and shapes.
-
-    Returns:
-        their names.
+    """Check reference gradients, a list of dicts with the same names and shapes, and return their names.
 
     Raises:
         TypeError: something else.
@@ -70,11 +67,7 @@ def order_gradients(
 ) -> list[torch.Tensor | None]:
     """Check gradients to be projected and return them in the order of a subspace's names.
 
-    Args:
-        gradients: what the caller gave.
-        names: the subspace's names.
-        sizes: the number of elements of each.
-        dtypes: those that the kernels take.
+    `sizes`: the number of elements of each name; `dtypes`: the allowed ones.
 
     Raises:
         TypeError: no dict, or a tensor of another dtype or a sparse one.

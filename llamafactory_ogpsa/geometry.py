@@ -28,26 +28,21 @@ def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
 
 
 def gram_matrices(
-    rows: Sequence[torch.Tensor],
-    groups: Sequence[int],
-    num_groups: int,
-    device: torch.device,
-    processes: Processes = ALONE,
+    rows: Sequence[torch.Tensor], groups: Sequence[int], device: torch.device, processes: Processes = ALONE
 ) -> torch.Tensor:
     """Compute the Gram matrices of the rows, one a group: `G = R Rᵀ`, summed over the tensors of the group.
 
     Args:
         rows: one tensor `[n, numel_i]` a parameter, of any float dtype, on any device.
-        groups: the group of each tensor.
-        num_groups: how many groups there are.
+        groups: the group of each tensor, numbered from 0.
         device: where chunks of the rows are multiplied (rows in host memory are copied there chunk by chunk).
         processes: the processes that the rows may be split over; the result is the sum of theirs.
 
     Returns:
-        float64 `[num_groups, n, n]` on the CPU. float64, so that gradients of norm 1e±100 neither overflow nor vanish.
+        float64 `[groups, n, n]` on the CPU. float64, so that gradients of norm 1e±100 neither overflow nor vanish.
     """
     n = rows[0].shape[0]
-    gram = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
+    gram = torch.zeros(max(groups) + 1, n, n, dtype=torch.float64, device=device)
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // n), dim=1):
             gram[group] += _product(_to_float64(chunk, device))
@@ -144,7 +139,6 @@ class Geometry:
 def orthonormalise_(
     rows: Sequence[torch.Tensor],
     groups: Sequence[int],
-    num_groups: int,
     rank: int | None = None,
     device: torch.device | None = None,
     parts: int = 1,
@@ -158,8 +152,7 @@ def orthonormalise_(
 
     Args:
         rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten, or emptied.
-        groups: the group of each tensor.
-        num_groups: how many groups there are.
+        groups: the group of each tensor, numbered from 0.
         rank: most directions kept; None keeps all `n`.
         device: where the arithmetic runs; None: where the rows are.
         parts: consecutive rows that together, summed, are the gradient of one reference set.
@@ -174,7 +167,7 @@ def orthonormalise_(
         FloatingPointError: a reference gradient is not finite.
     """
     device = device or rows[0].device
-    gram = gram_matrices(rows, groups, num_groups, device, processes)
+    gram = gram_matrices(rows, groups, device, processes)
     if not torch.isfinite(gram).all():
         raise FloatingPointError("a reference gradient is not finite")
 
@@ -204,7 +197,7 @@ def orthonormalise_(
     set_norms = blocks.sum((1, 2)).clamp(min=0).sqrt()
     total_norms = set_norms.square().sum(0).sqrt()
     geometry = Geometry(
-        whitening=processes.agree(_whitening(gram_matrices(basis, groups, num_groups, device, processes), kept)),
+        whitening=processes.agree(_whitening(gram_matrices(basis, groups, device, processes), kept)),
         references=ratio(coordinates, set_norms[:, :, None]),
         shares=ratio(set_norms, total_norms),
         norms=total_norms,
@@ -222,11 +215,9 @@ def _whitening(gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return inverse * block
 
 
-def assign_groups(num_tensors: int, scope: str) -> tuple[list[int], int]:
-    """Return the group of each tensor and the number of groups for a scope (`parameter` or `global`)."""
-    if scope == "parameter":
-        return list(range(num_tensors)), num_tensors
-    return [0] * num_tensors, 1
+def assign_groups(num_tensors: int, scope: str) -> list[int]:
+    """Return the group of each tensor for a scope (`parameter` or `global`)."""
+    return list(range(num_tensors)) if scope == "parameter" else [0] * num_tensors
 
 
 def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:

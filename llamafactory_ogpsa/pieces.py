@@ -63,14 +63,9 @@ def find_cuts(
 
 
 def split_piece(index: int, width: int, offset: int, size: int, cuts: Cuts) -> list[Segment]:
-    """Split a piece into the part of a row that it begins in, whole rows, and the part of one that it ends in.
+    """Split a tensor's piece into the part of a row that it begins in, whole rows, and the part of one that it ends in.
 
-    Args:
-        index: of the tensor.
-        width: its columns.
-        offset: the first element of the piece in the flattened tensor.
-        size: the number of its elements.
-        cuts: see `find_cuts`.
+    The parameters are those of `find_cuts`, of one tensor.
     """
     segments, at = [], 0
     while at < size:

@@ -127,9 +127,9 @@ class Subspace:
                     row[index].view(tensor.shape).copy_(tensor)
             rows.append(row)
             kept_names.append(name)
-        groups, num_groups = assign_groups(len(rows), scope)
+        groups = assign_groups(len(rows), scope)
         try:
-            basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
+            basis, geometry = orthonormalise_(rows, groups, rank)
         except FloatingPointError as err:
             index, name = next(
                 (index, name)

@@ -37,10 +37,6 @@ class ResidentBasis:
     """A basis on the device that computes, one piece a tensor.
 
     Pieces come in the order of their groups, so that each group's partial sums lie together; empty tensors have none.
-
-    Args:
-        basis: tensors ``[rank, numel_i]``, one per parameter tensor.
-        groups: the group of each tensor.
     """
 
     def __init__(self, basis: Sequence[torch.Tensor], groups: Sequence[int]) -> None:
@@ -59,12 +55,6 @@ class StreamedBasis(ResidentBasis):
     A bucket holds as many pieces as fit; a tensor that does not fit is cut. Even buckets pass through one buffer, odd
     ones through the other, so each piece has a fixed place on the device. Memory that is not pinned works too, but is
     copied while the host waits.
-
-    Args:
-        basis: tensors ``[rank, numel_i]`` on the CPU, one per parameter tensor.
-        groups: the group of each tensor.
-        device: where the gradients are.
-        bucket_bytes: size of one buffer.
     """
 
     def __init__(

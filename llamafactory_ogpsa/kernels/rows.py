@@ -78,11 +78,7 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
-    """Choose the implementation.
-
-    Args:
-        kernel: ``triton``, ``torch``, or ``auto`` for Triton where it can run.
-        device: the gradients'.
+    """Choose the implementation for gradients on a device, as :func:`make_plan` does.
 
     Raises:
         ValueError: an unknown kernel, or ``triton`` where it cannot run.

@@ -62,14 +62,7 @@ def show_figure(output_path: str) -> "gr.Plot":
 
 
 def make_figure(output_path: str) -> "Figure | None":
-    """Draw LlamaBoard's plot of the loss and, below it, the share that was removed and the reference losses.
-
-    Args:
-        output_path: the output directory of a run; both of its logs may still be growing.
-
-    Returns:
-        the figure; None where there is no OGPSA log, or nothing in it.
-    """
+    """Draw LlamaBoard's plot of the loss and, below it, the panels of the OGPSA log; None where that log is empty."""
     rows = read_rows(output_path, LOG_NAME)
     if not rows:
         return None

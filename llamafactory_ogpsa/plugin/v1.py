@@ -7,8 +7,7 @@ OGPSA are refused by name.
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -44,17 +43,8 @@ class Stage(NamedTuple):
     put_in: Callable[[Request], None]
 
 
-_running: ContextVar[Stage | None] = ContextVar("running", default=None)
-
-
-@contextmanager
-def running(stage: Stage) -> Iterator[None]:
-    """Set the stage whose arguments are parsed while the context is open."""
-    token = _running.set(stage)
-    try:
-        yield
-    finally:
-        _running.reset(token)
+# The stage whose `run_*` is being executed, so that the arguments that are parsed are its own.
+RUNNING: ContextVar[Stage | None] = ContextVar("running", default=None)
 
 
 def patch(module: ModuleType) -> None:
@@ -72,7 +62,7 @@ def patch(module: ModuleType) -> None:
         if not asking:
             return get_args(args)
 
-        stage = _running.get()
+        stage = RUNNING.get()
         check_asking(asking, stage)
         options, rest = split_options(words)
         settings = make_settings(options, stage.name)

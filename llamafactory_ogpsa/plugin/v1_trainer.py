@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engines import make_engine
 from ..run import Host, OgpsaRun
-from .v1 import Request, Stage, running
+from .v1 import RUNNING, Request, Stage
 from .v1_data import make_reference_sets
 
 
@@ -47,10 +47,11 @@ def patch(module: ModuleType) -> None:
             check_seam(stage, stock)
             setattr(module, name, with_ogpsa(stock, request))
 
+        token = RUNNING.set(Stage(stage, put_in))
         try:
-            with running(Stage(stage, put_in)):
-                return run(args)
+            return run(args)
         finally:
+            RUNNING.reset(token)
             setattr(module, name, stock)
 
     setattr(module, f"run_{stage}", run_stage)

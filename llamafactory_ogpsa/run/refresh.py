@@ -43,7 +43,7 @@ class GradientBasis:
         device = choose_basis_device(settings.basis_device, engine.device, self.num_bytes)
         self.device, self.kernel = agree(engine, device, settings.kernel)
         self.sharded = engine.processes.sharded
-        self._groups, self._num_groups = assign_groups(len(engine.names), settings.scope)
+        self._groups = assign_groups(len(engine.names), settings.scope)
 
     @property
     def _pinned(self) -> bool:
@@ -74,13 +74,7 @@ class GradientBasis:
         losses = passes.gradients_into(rows)
         with torch.no_grad():
             basis, geometry = orthonormalise_(
-                rows,
-                self._groups,
-                self._num_groups,
-                self._settings.rank,
-                engine.device,
-                self.parts,
-                engine.processes,
+                rows, self._groups, self._settings.rank, engine.device, self.parts, engine.processes
             )
         return self._wrap(basis, geometry), losses
 

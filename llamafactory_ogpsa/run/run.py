@@ -216,11 +216,7 @@ class OgpsaRun:
         return stats
 
     def after_step(self, moved: bool) -> None:
-        """Measure the change of the weights, where the step is logged.
-
-        Args:
-            moved: False where the optimizer step changed no weight: learning rate zero, or skipped by the scaler.
-        """
+        """Measure the change of the weights, where the step is logged; `moved`: see `Schedule.stepped`."""
         self.schedule.stepped(moved)
         read_changes, self._read_changes, self._update = self._read_changes, None, {}
         if read_changes is not None and moved:
