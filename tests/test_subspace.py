@@ -180,7 +180,7 @@ def test_gram_matrices_of_rows_in_several_chunks_and_slices(monkeypatch, widths)
     monkeypatch.setattr("llamafactory_ogpsa.geometry._SLICE", 16)
     rows = [torch.randn(3, width, generator=torch.Generator().manual_seed(width)) for width in widths]
     whole = torch.cat(rows, dim=1).double()
-    gram = gram_matrices(rows, [0] * len(rows), 1, torch.device("cpu"))
+    gram = gram_matrices(rows, [0] * len(rows), torch.device("cpu"))
     torch.testing.assert_close(gram[0], whole @ whole.T, rtol=1e-13, atol=1e-13)
 
 

@@ -111,8 +111,9 @@ def ogpsa_names(module: ModuleType) -> Iterator[None]:
 
     @functools.wraps(change_stage)
     def change_stage_with_ogpsa(training_stage):
-        # LlamaBoard empties the dataset list whenever the stage changes, also when it has just loaded both from a
-        # file, which changes the stage to OGPSA's every time. `change_defaults` empties it when the user changes it.
+        # LlamaBoard empties the dataset list whenever the stage changes, also after loading both from a file. OGPSA's
+        # stages are never the default, so loading one always changes the stage. For changes by the user,
+        # `change_defaults` empties the list.
         return (gr.update(), gr.update()) if is_ogpsa(training_stage) else change_stage(training_stage)
 
     module.create_train_tab = functools.partial(create_train_tab_with_ogpsa, create_train_tab)
