@@ -99,7 +99,7 @@ class ExecutingSpec(importlib.machinery.ModuleSpec):
 
 
 def patch_imported(module) -> None:
-    """Patch a module that was imported before the hook was there: now, or when its execution is done."""
+    """Patch a module that was imported before the hook was installed: now, or when its execution is done."""
     spec = getattr(module, "__spec__", None)
     if type(spec) is importlib.machinery.ModuleSpec and vars(spec).get("_initializing", False):
         spec.__class__ = ExecutingSpec

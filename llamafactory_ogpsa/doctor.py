@@ -23,6 +23,7 @@ from .autoload import SEAMS, SeamFinder, register
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+MODULE = "python -m llamafactory_ogpsa train ..."
 REQUIRED = ("torch", "transformers", "llamafactory", "accelerate", "peft")
 OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kernels on a GPU"}
 
@@ -72,13 +73,9 @@ def check_entry_point() -> Iterator[Finding]:
     if any(point.value == expected for point in entry_points(group="torch.backends")):
         yield Finding(OK, "entry point", f"torch.backends has {expected}")
     else:
-        yield Finding(
-            FAIL,
-            "entry point",
-            f"torch.backends lacks {expected}, so `llamafactory-cli` does not know OGPSA",
-            "pip install llamafactory-ogpsa into this environment (a copy on PYTHONPATH is not enough), or train by "
-            "`python -m llamafactory_ogpsa train ...`",
-        )
+        text = f"torch.backends lacks {expected}, so `llamafactory-cli` does not know OGPSA"
+        fix = "pip install llamafactory-ogpsa into this environment (a copy on PYTHONPATH is not enough)"
+        yield Finding(FAIL, "entry point", text, f"{fix}, or train by `{MODULE}`")
 
 
 def check_torch() -> Iterator[Finding]:
@@ -86,13 +83,11 @@ def check_torch() -> Iterator[Finding]:
     for name in ("torch", "torchvision", "torchaudio"):
         error = import_error(name)
         if error:
-            yield Finding(
-                FAIL,
-                name,
-                f"cannot be imported ({error})",
+            fix = (
                 "install torch, torchvision and torchaudio that were built for the same CUDA, e.g. "
-                "pip install torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0",
+                "pip install torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
             )
+            yield Finding(FAIL, name, f"cannot be imported ({error})", fix)
 
     if "torch" in sys.modules:
         yield compare_cuda(sys.modules["torch"].version.cuda, cuda_of("torchaudio"))
@@ -131,19 +126,11 @@ def check_hook() -> Iterator[Finding]:
     if is_hooked():
         yield Finding(OK, "import hook", "installed by `import torch`")
     elif os.getenv(AUTOLOAD, "1") != "1":
-        yield Finding(
-            FAIL,
-            "import hook",
-            f"{AUTOLOAD}={os.environ[AUTOLOAD]} keeps `import torch` from installing it",
-            f"unset {AUTOLOAD}, or train by `python -m llamafactory_ogpsa train ...`",
-        )
+        text = f"{AUTOLOAD}={os.environ[AUTOLOAD]} keeps `import torch` from installing it"
+        yield Finding(FAIL, "import hook", text, f"unset {AUTOLOAD}, or train by `{MODULE}`")
     else:
-        yield Finding(
-            FAIL,
-            "import hook",
-            "`import torch` did not install it",
-            "fix what is marked above; torch must be 2.5 or newer",
-        )
+        fix = "fix what is marked above; torch must be 2.5 or newer"
+        yield Finding(FAIL, "import hook", "`import torch` did not install it", fix)
 
 
 def check_backends() -> Iterator[Finding]:
@@ -206,17 +193,15 @@ def seam_error(name: str) -> str | None:
         return f"not patched ({''.join(reasons)})"
 
     module = sys.modules[name]
-    if name.endswith(".workflow"):
-        return workflow_error(name.split(".")[-2])
-    return None if is_wrapped(module) else "not patched, because it had been imported before the hook was there"
+    if not name.endswith(".workflow"):
+        return (
+            None if is_wrapped(module) else "not patched, because it had been imported before the hook was installed"
+        )
 
-
-def workflow_error(stage: str) -> str | None:
-    """Return why a run of a stage cannot be patched, None where it can."""
     from .plugin.workflow import check_seam
 
     try:
-        check_seam(stage)
+        check_seam(name.split(".")[-2])
     except Exception as err:
         return str(err)
     return None
@@ -257,37 +242,32 @@ def check_triton() -> Iterator[Finding]:
 
     from .kernels import triton_obstacle
 
-    obstacle = triton_obstacle("cuda" if torch.cuda.is_available() else "cpu", interpret=False)
-    if obstacle is None:
-        yield Finding(OK, "kernels", "Triton")
-    elif torch.cuda.is_available():
-        yield Finding(
-            NOTE,
-            "kernels",
-            f"torch, because {obstacle}",
-            "pip install triton; install a C compiler; unset TRITON_INTERPRET",
-        )
+    accelerated = torch.cuda.is_available()
+    obstacle = triton_obstacle("cuda" if accelerated else "cpu", interpret=False)
+    text = f"torch, because {obstacle}" if obstacle else "Triton"
+    if obstacle and accelerated:
+        yield Finding(NOTE, "kernels", text, "pip install triton; install a C compiler; unset TRITON_INTERPRET")
     else:
-        yield Finding(OK, "kernels", f"torch, because {obstacle}")
+        yield Finding(OK, "kernels", text)
 
 
 def check_deepspeed() -> Iterator[Finding]:
     """Can DeepSpeed, where it is installed, be imported?"""
-    if importlib.util.find_spec("deepspeed") is not None:
-        error = import_error("deepspeed")
-        if error:
-            yield Finding(NOTE, "deepspeed", f"cannot be imported ({error})", "train without `deepspeed:` in the YAML")
-            return
+    if importlib.util.find_spec("deepspeed") is None:
+        return
 
-        from .engines.zero import find_problems
+    error = import_error("deepspeed")
+    if error:
+        yield Finding(NOTE, "deepspeed", f"cannot be imported ({error})", "train without `deepspeed:` in the YAML")
+        return
 
-        problems = find_problems()
-        if problems:
-            yield Finding(
-                NOTE, "deepspeed", f"OGPSA cannot train with it: {'; '.join(problems)}", "pip install '.[deepspeed]'"
-            )
-        else:
-            yield Finding(OK, "deepspeed", "can be imported")
+    from .engines.zero import find_problems
+
+    problems = "; ".join(find_problems())
+    if problems:
+        yield Finding(NOTE, "deepspeed", f"OGPSA cannot train with it: {problems}", "pip install '.[deepspeed]'")
+    else:
+        yield Finding(OK, "deepspeed", "can be imported")
 
 
 def import_error(name: str) -> str | None:
