@@ -8,8 +8,8 @@ step is
    communication of a step;
 3. policy: `Δ`, which is `-c` for `orthogonal`, and for `conflict` the least change that keeps every reference loss
    from rising; `monitor` stops here;
-4. apply: `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further
-   read.
+4. apply: `g ← s (g + UΔ)`, written `s (g + Bᵀδ)` with `δ = TᵀΔ`; `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping
+   factor `s` without a further read.
 
 Where nothing has to be reduced, `orthogonal` is one call of the plan; with Triton that is three launches, with no other
 operation between them.

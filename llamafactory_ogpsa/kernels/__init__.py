@@ -3,9 +3,9 @@
 For a gradient ``g`` and a basis ``B`` with ``rank`` rows, the work is
 
 1. ``p = B g`` and ``‖g‖²`` in one read of ``g`` and ``B``;
-2. ``g ← s·(g + Bᵀ Δ)`` in one more read of both and one write of ``g``,
+2. ``g ← s·(g + Bᵀ δ)`` in one more read of both and one write of ``g``,
 
-where ``Δ`` is a few numbers that a policy chooses from ``p`` and ``s`` is the clipping factor. :func:`make_plan` prepares
+where ``δ`` is a few numbers that a policy chooses from ``p`` and ``s`` is the clipping factor. :func:`make_plan` prepares
 both for a whole model, with Triton or with plain torch; the two give the same results to rounding.
 
 A launch that reads small tensors once for both passes was left out: clipping, and leaving every gradient as it is when

@@ -59,9 +59,9 @@ class Plan(ABC):
 
     @abstractmethod
     def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Change the gradients in place: ``g_i ← s·(g_i + B_iᵀ Δ_k)``, computed in float32 and rounded at the write.
+        """Change the gradients in place: ``g_i ← s·(g_i + B_iᵀ δ_k)``, computed in float32 and rounded at the write.
 
-        Where ``Δ_k`` is zero and ``s`` is one or absent, non-finite values are left as they are too.
+        Where ``δ_k`` is zero and ``s`` is one or absent, non-finite values are left as they are too.
 
         Args:
             gradients: the gradients to change.

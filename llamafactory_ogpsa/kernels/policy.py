@@ -1,4 +1,4 @@
-"""The policies, which choose `Δ` from the few numbers that were measured, and the clipping factor.
+"""The policies, which choose the change from the few numbers that were measured, and the clipping factor.
 
 `orthogonal` and the clipping factor are also in the Triton kernels, which do a whole step without coming back to
 torch; tests compare the two.
@@ -26,10 +26,10 @@ def clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor 
 def orthogonal_step(
     products: torch.Tensor, squared_norms: torch.Tensor, inverse_gram: torch.Tensor, max_norm: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    r"""Choose what `Plan.apply_` adds for the policy `orthogonal` (arXiv 2602.07892), without asking the host.
+    """Choose `δ` of `Plan.apply_` for the policy `orthogonal` (arXiv 2602.07892), without asking the host.
 
-    With the products `p = B g` and `A = (B Bᵀ)⁻¹`, `g - BᵀA p = g - U Uᵀg` has the squared norm `‖g‖² - pᵀA p`. A
-    gradient that is not finite is left as it is.
+    With the products `p = B g` and `A = (B Bᵀ)⁻¹`, `δ = -A p`: `g + Bᵀδ = g - U Uᵀg`, with the squared norm
+    `‖g‖² - pᵀA p`. A gradient that is not finite is not changed.
 
     Args:
         products: float32 or float64 `[groups, rank]`.
@@ -38,7 +38,7 @@ def orthogonal_step(
         max_norm: the largest norm to leave, or None.
 
     Returns:
-        delta, float32 `[groups, rank]`; the clipping factor, float32, 0-dim, or None without `max_norm`; the norm of
+        `δ`, float32 `[groups, rank]`; the clipping factor, float32, 0-dim, or None without `max_norm`; the norm of
         what is left, float32, 0-dim.
     """
     removed = (inverse_gram.to(products.dtype) @ products.unsqueeze(-1)).squeeze(-1)

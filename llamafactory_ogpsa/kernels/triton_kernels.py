@@ -159,7 +159,7 @@ def reduce_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its Δ by the policy ``orthogonal``.
+    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its δ by the policy ``orthogonal``.
 
     Writes ``products_out`` float32 ``[num_groups, RANK]`` and ``squared_norms_out`` float32 ``[num_groups]``; with SOLVE
     also ``delta_out`` float32 ``[num_groups, RANK]``, ``-A p``, and ``norms`` float64 ``[2, num_groups]``, the squared
@@ -244,7 +244,7 @@ def apply_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``s·(g + Bᵀ Δ)`` to the tiles from ``first`` to before ``last``.
+    """Write ``s·(g + Bᵀ δ)`` to the tiles from ``first`` to before ``last``.
 
     With DECIDE every program works s out, from the same table in the same order, and the first one writes the norm of
     what is left to ``norm_out``, float32; else they read ``scale``.
