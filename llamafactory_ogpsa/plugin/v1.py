@@ -157,7 +157,7 @@ def make_settings(options: dict[str, Any], stage: str) -> Settings:
     resolve(arguments)
     if arguments.ogpsa_save_state:
         raise ValueError(
-            "`ogpsa_save_state` is True, but LLaMA-Factory's v1 trainer cannot save it in its checkpoints; allowed: "
+            "`ogpsa_save_state` is True, but the checkpoints of LLaMA-Factory's v1 trainer cannot hold it; allowed: "
             "False."
         )
     return Settings.from_arguments(arguments)
