@@ -60,8 +60,8 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
     except Exception as err:
         if not path.exists():
             raise RecipeError(
-                f"{source} is no local file or folder, and cannot be loaded from the hub ({type(err).__name__}); "
-                "download it where there is access, and give the path of the file or folder instead."
+                f"{source} is no local file or folder, and the hub did not provide it ({type(err).__name__}); download "
+                "it where there is access, and give the path of the file or folder instead."
             ) from err
         reason = " ".join(str(err.__cause__ or err).split())[:200].rstrip(".")
         raise RecipeError(f"{source} cannot be read, so it may be cut off: {reason}.") from err
