@@ -194,9 +194,7 @@ def seam_error(name: str) -> str | None:
 
     module = sys.modules[name]
     if not name.endswith(".workflow"):
-        return (
-            None if is_wrapped(module) else "not patched, because it had been imported before the hook was installed"
-        )
+        return None if is_wrapped(module) else "not patched: it had been imported before the hook was installed"
 
     from .plugin.workflow import check_seam
 
