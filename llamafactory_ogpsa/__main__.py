@@ -4,7 +4,7 @@ from .autoload import register
 
 
 def main() -> None:
-    """Install the import hook, then hand over to LLaMA-Factory's own command line."""
+    """Install the import hook, then run LLaMA-Factory's own command line."""
     register()
     from llamafactory.cli import main as llamafactory_main
 

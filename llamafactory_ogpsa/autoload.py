@@ -1,9 +1,9 @@
 """The entry point that `import torch` calls, and the import hook it installs.
 
-PyTorch calls every entry point of the group `torch.backends` at the end of `import torch`. That is the one place that
-the stock `llamafactory-cli`, its torchrun workers and the web UI's subprocesses all pass. `register` only adds a
-finder to `sys.meta_path`; the rest of this package is imported when LLaMA-Factory's own modules are. It therefore uses
-the standard library alone, and it never raises: a broken installation must not break `import torch`.
+PyTorch calls every entry point of the group `torch.backends` at the end of `import torch`, which the stock
+`llamafactory-cli`, its torchrun workers and the web UI's subprocesses all do. `register` only adds a finder to
+`sys.meta_path`; the rest of this package is imported with LLaMA-Factory's own modules. It uses only the standard library
+and never raises: a broken installation must not break `import torch`.
 """
 
 import importlib
@@ -32,8 +32,8 @@ SEAMS = {
 def apply_patch(module) -> None:
     """Let the plugin patch a LLaMA-Factory module that has just been executed.
 
-    A failure is printed and not raised: a stock run goes on, and a run that asks for OGPSA is stopped later, because
-    `plugin.parser` checks that the seams it needs are in place.
+    A failure is printed and not raised: stock runs are not affected, and `plugin.parser` stops a run that asks for
+    OGPSA if the seams that it needs are not patched.
     """
     try:
         importlib.import_module(SEAMS[module.__name__]).patch(module)
@@ -52,7 +52,7 @@ class SeamFinder(importlib.abc.MetaPathFinder):
         if name not in SEAMS or getattr(self._active, "name", None) == name:
             return None
 
-        # Another plugin's finder may ask all finders too, this one included: without the mark both would recurse.
+        # Another plugin's finder may ask all finders too, this one included, and both would recurse.
         self._active.name = name
         try:
             for finder in sys.meta_path:
@@ -78,10 +78,10 @@ class SeamFinder(importlib.abc.MetaPathFinder):
 
 
 class ExecutingSpec(importlib.machinery.ModuleSpec):
-    """The spec of a module that was already being executed when the hook came; patches the module at its end.
+    """The spec of a module that was already being executed when the hook was installed; patches the module at its end.
 
-    Python's import system clears `_initializing` when a module is complete, while it still holds the module's lock.
-    Nobody has taken a name from the module by then but those that it imports itself.
+    Python's import system clears `_initializing` when a module is complete, while it still holds the module's lock. Only
+    modules that it imports itself can have taken a name from it before.
     """
 
     @property
@@ -99,7 +99,7 @@ class ExecutingSpec(importlib.machinery.ModuleSpec):
 
 
 def patch_imported(module) -> None:
-    """Patch a module that was imported before the hook was there: now, or when its execution is done."""
+    """Patch a module that was imported before the hook was installed: now, or when its execution is done."""
     spec = getattr(module, "__spec__", None)
     if type(spec) is importlib.machinery.ModuleSpec and vars(spec).get("_initializing", False):
         spec.__class__ = ExecutingSpec

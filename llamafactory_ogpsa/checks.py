@@ -28,10 +28,7 @@ def check_tensors(what: str, gradients: Any, dtypes: Sequence[torch.dtype] | Non
 
 
 def check_references(gradients: Any) -> list[str]:
-    """Check reference gradients: a list of dicts with the same names and shapes.
-
-    Returns:
-        their names.
+    """Check reference gradients, a list of dicts with the same names and shapes, and return their names.
 
     Raises:
         TypeError: something else.
@@ -70,11 +67,7 @@ def order_gradients(
 ) -> list[torch.Tensor | None]:
     """Check gradients to be projected and return them in the order of a subspace's names.
 
-    Args:
-        gradients: what the caller gave.
-        names: the subspace's names.
-        sizes: the number of elements of each.
-        dtypes: those that the kernels take.
+    `sizes`: the number of elements of each name; `dtypes`: the allowed ones.
 
     Raises:
         TypeError: no dict, or a tensor of another dtype or a sparse one.
@@ -83,7 +76,7 @@ def order_gradients(
     check_mapping("`gradients`", gradients)
     known = {name: gradients[name] for name in names if name in gradients}
     if not known:
-        # A wrapper's prefix on every name would otherwise switch the projection off, and no figure would show it.
+        # Names with a wrapper's prefix would otherwise turn the projection off silently.
         raise ValueError(f"`gradients` has none of the subspace's names: {some(names)}; it has {some(gradients)}")
     check_tensors("`gradients`", known, dtypes)
     for name, size in zip(names, sizes, strict=True):

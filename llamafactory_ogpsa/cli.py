@@ -1,4 +1,4 @@
-"""The command `llamafactory-ogpsa`: what LLaMA-Factory's own command line does not do."""
+"""The command `llamafactory-ogpsa`: data, evaluation and checks beside `llamafactory-cli`."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from .recipes.prepare import RECIPES, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; the result is the exit status, 2 for what the user can fix."""
+    """Run a subcommand; return the exit status, 2 for an error that the user can fix."""
     parser = make_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and "extra" not in arguments:
@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="check whether OGPSA can train here, and print what to fix",
-        description="Print versions, seams and devices, and what is wrong with the fix to try. "
+        description="Print versions, seams and devices, and for each problem a fix to try. "
         "Exit status: 0 where OGPSA can train, 1 otherwise.",
     )
     doctor.set_defaults(run=run_doctor)
@@ -102,8 +102,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judge",
         metavar="MODULE:FUNCTION",
-        help="decides whether an answer (its second argument) to a prompt (its first) is a refusal, "
-        "in the place of the rule on its text",
+        help="function of a prompt and its answer that returns whether it is a refusal, instead of the rule",
     )
     parser.set_defaults(run=run_evaluate, extra=[])
 
@@ -127,27 +126,18 @@ def positive(text: str) -> int:
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
-    """Carry out a recipe and print what became of the records."""
-    options = {"refusals": arguments.refusals} if "refusals" in arguments else {}
-    report = prepare(
-        arguments.recipe, arguments.source, arguments.output, arguments.seed, arguments.num_samples, **options
-    )
-    print(report)
+    """Carry out a recipe and print its report."""
+    refusals = getattr(arguments, "refusals", None)  # an option of one recipe
+    source, output, seed = arguments.source, arguments.output, arguments.seed
+    print(prepare(arguments.recipe, source, output, seed, arguments.num_samples, refusals))
     return 0
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Hand over to lm-evaluation-harness."""
+    """Run lm-evaluation-harness."""
     sources = {name: getattr(arguments, name) for name in ("xstest", "strongreject", "judge")}
-    return evaluate(
-        arguments.kind,
-        arguments.model,
-        arguments.adapter,
-        arguments.output,
-        arguments.tasks,
-        sources,
-        arguments.extra,
-    )
+    model, adapter, output = arguments.model, arguments.adapter, arguments.output
+    return evaluate(arguments.kind, model, adapter, output, arguments.tasks, sources, arguments.extra)
 
 
 def run_compare(arguments: argparse.Namespace) -> int:

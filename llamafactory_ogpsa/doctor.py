@@ -1,6 +1,6 @@
 """`llamafactory-ogpsa doctor`: can OGPSA train here, and if not, what to fix.
 
-Every check is a function that returns findings and never raises for what it looks for.
+Every check is a function that yields findings and does not raise for the problems that it checks for.
 """
 
 import contextlib
@@ -23,13 +23,14 @@ from .autoload import SEAMS, SeamFinder, register
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+MODULE = "python -m llamafactory_ogpsa train ..."
 REQUIRED = ("torch", "transformers", "llamafactory", "accelerate", "peft")
 OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kernels on a GPU"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `FAIL` keeps OGPSA from training, `NOTE` does not."""
+    """The result of a check; with `FAIL` OGPSA cannot train, with `NOTE` it can."""
 
     state: str
     subject: str
@@ -43,7 +44,7 @@ class Finding:
 
 
 def examine() -> int:
-    """Print what every check finds; return 0 where OGPSA can train, 1 otherwise."""
+    """Print the findings of every check; return 0 where OGPSA can train, 1 otherwise."""
     failures = 0
     for check in CHECKS:
         for finding in check():
@@ -67,39 +68,33 @@ def check_versions() -> Iterator[Finding]:
 
 
 def check_entry_point() -> Iterator[Finding]:
-    """Is the entry point that `import torch` calls among those of the installed packages?"""
+    """Is the entry point that `import torch` calls installed?"""
     expected = f"{register.__module__}:{register.__name__}"
     if any(point.value == expected for point in entry_points(group="torch.backends")):
         yield Finding(OK, "entry point", f"torch.backends has {expected}")
     else:
-        yield Finding(
-            FAIL,
-            "entry point",
-            f"torch.backends lacks {expected}, so `llamafactory-cli` does not know OGPSA",
-            "pip install llamafactory-ogpsa into this environment (a copy on PYTHONPATH is not enough), or train by "
-            "`python -m llamafactory_ogpsa train ...`",
-        )
+        text = f"torch.backends lacks {expected}, so `llamafactory-cli` does not know OGPSA"
+        fix = "pip install llamafactory-ogpsa into this environment (a copy on PYTHONPATH is not enough)"
+        yield Finding(FAIL, "entry point", text, f"{fix}, or train by `{MODULE}`")
 
 
 def check_torch() -> Iterator[Finding]:
-    """Can torch and the packages built on it be imported together? LLaMA-Factory needs them all."""
+    """Can torch and the packages built on it, which LLaMA-Factory needs, be imported together?"""
     for name in ("torch", "torchvision", "torchaudio"):
         error = import_error(name)
         if error:
-            yield Finding(
-                FAIL,
-                name,
-                f"cannot be imported ({error})",
+            fix = (
                 "install torch, torchvision and torchaudio that were built for the same CUDA, e.g. "
-                "pip install torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0",
+                "pip install torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
             )
+            yield Finding(FAIL, name, f"cannot be imported ({error})", fix)
 
     if "torch" in sys.modules:
         yield compare_cuda(sys.modules["torch"].version.cuda, cuda_of("torchaudio"))
 
 
 def cuda_of(package: str) -> str | None:
-    """Return the CUDA version that a wheel of PyTorch's was built for, by its version's suffix; None if it has none."""
+    """Return the CUDA version of a wheel of PyTorch's, from its version's suffix; None without a suffix."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
     if path is None or not path.is_file():
@@ -111,8 +106,8 @@ def cuda_of(package: str) -> str | None:
 def compare_cuda(torch_cuda: str | None, audio_cuda: str | None) -> Finding:
     """Is torch built for the CUDA that torchaudio is built for?
 
-    torchaudio requires no particular torch, and a torch for another CUDA makes its import fail, and with it every
-    `llamafactory-cli train`. No resolver sees this: it is not in the packages' requirements.
+    With a torch for another CUDA, importing torchaudio fails, and so does every `llamafactory-cli train`. pip cannot
+    prevent it, because the packages' requirements do not name the CUDA version.
     """
     if torch_cuda is None or audio_cuda is None or torch_cuda == audio_cuda:
         built = "no CUDA" if torch_cuda is None else f"CUDA {torch_cuda}"
@@ -131,19 +126,11 @@ def check_hook() -> Iterator[Finding]:
     if is_hooked():
         yield Finding(OK, "import hook", "installed by `import torch`")
     elif os.getenv(AUTOLOAD, "1") != "1":
-        yield Finding(
-            FAIL,
-            "import hook",
-            f"{AUTOLOAD}={os.environ[AUTOLOAD]} keeps `import torch` from installing it",
-            f"unset {AUTOLOAD}, or train by `python -m llamafactory_ogpsa train ...`",
-        )
+        text = f"{AUTOLOAD}={os.environ[AUTOLOAD]} keeps `import torch` from installing it"
+        yield Finding(FAIL, "import hook", text, f"unset {AUTOLOAD}, or train by `{MODULE}`")
     else:
-        yield Finding(
-            FAIL,
-            "import hook",
-            "`import torch` did not install it",
-            "fix what is marked above; torch must be 2.5 or newer",
-        )
+        fix = "fix what is marked above; torch must be 2.5 or newer"
+        yield Finding(FAIL, "import hook", "`import torch` did not install it", fix)
 
 
 def check_backends() -> Iterator[Finding]:
@@ -170,7 +157,7 @@ def is_hooked() -> bool:
 def check_seams() -> Iterator[Finding]:
     """Does every module of LLaMA-Factory that OGPSA patches look as expected, and is it patched?"""
     hooked = is_hooked()
-    register()  # where `import torch` has not: the question then is what would be patched
+    register()  # if `import torch` did not: then the check is what would be patched
     for name in SEAMS:
         error = seam_error(name)
         if error is None:
@@ -200,23 +187,19 @@ def seam_error(name: str) -> str | None:
     if error:
         return f"cannot be imported ({error})"
 
-    # Where the hook could not patch the module, it has said why.
+    # The hook prints the reason where it cannot patch a module.
     reasons = [line.partition(f"OGPSA is not available, {name}: ")[2] for line in printed.getvalue().splitlines()]
     if any(reasons):
         return f"not patched ({''.join(reasons)})"
 
     module = sys.modules[name]
-    if name.endswith(".workflow"):
-        return workflow_error(name.split(".")[-2])
-    return None if is_wrapped(module) else "not patched, because it had been imported before the hook was there"
+    if not name.endswith(".workflow"):
+        return None if is_wrapped(module) else "not patched: it had been imported before the hook was installed"
 
-
-def workflow_error(stage: str) -> str | None:
-    """Return what a stage's workflow lacks, None where a run of it can be patched."""
     from .plugin.workflow import check_seam
 
     try:
-        check_seam(stage)
+        check_seam(name.split(".")[-2])
     except Exception as err:
         return str(err)
     return None
@@ -257,37 +240,32 @@ def check_triton() -> Iterator[Finding]:
 
     from .kernels import triton_obstacle
 
-    obstacle = triton_obstacle("cuda" if torch.cuda.is_available() else "cpu", interpret=False)
-    if obstacle is None:
-        yield Finding(OK, "kernels", "Triton")
-    elif torch.cuda.is_available():
-        yield Finding(
-            NOTE,
-            "kernels",
-            f"torch, because {obstacle}",
-            "pip install triton; install a C compiler; unset TRITON_INTERPRET",
-        )
+    accelerated = torch.cuda.is_available()
+    obstacle = triton_obstacle("cuda" if accelerated else "cpu", interpret=False)
+    text = f"torch, because {obstacle}" if obstacle else "Triton"
+    if obstacle and accelerated:
+        yield Finding(NOTE, "kernels", text, "pip install triton; install a C compiler; unset TRITON_INTERPRET")
     else:
-        yield Finding(OK, "kernels", f"torch, because {obstacle}")
+        yield Finding(OK, "kernels", text)
 
 
 def check_deepspeed() -> Iterator[Finding]:
     """Can DeepSpeed, where it is installed, be imported?"""
-    if importlib.util.find_spec("deepspeed") is not None:
-        error = import_error("deepspeed")
-        if error:
-            yield Finding(NOTE, "deepspeed", f"cannot be imported ({error})", "train without `deepspeed:` in the YAML")
-            return
+    if importlib.util.find_spec("deepspeed") is None:
+        return
 
-        from .engines.zero import find_problems
+    error = import_error("deepspeed")
+    if error:
+        yield Finding(NOTE, "deepspeed", f"cannot be imported ({error})", "train without `deepspeed:` in the YAML")
+        return
 
-        problems = find_problems()
-        if problems:
-            yield Finding(
-                NOTE, "deepspeed", f"OGPSA cannot train with it: {'; '.join(problems)}", "pip install '.[deepspeed]'"
-            )
-        else:
-            yield Finding(OK, "deepspeed", "can be imported")
+    from .engines.zero import find_problems
+
+    problems = "; ".join(find_problems())
+    if problems:
+        yield Finding(NOTE, "deepspeed", f"OGPSA cannot train with it: {problems}", "pip install '.[deepspeed]'")
+    else:
+        yield Finding(OK, "deepspeed", "can be imported")
 
 
 def import_error(name: str) -> str | None:

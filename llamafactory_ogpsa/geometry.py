@@ -23,31 +23,26 @@ _SLICE = 1 << 13
 
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide, anything over 0 being 0: a gradient of norm zero has nothing removed and no angle with anything."""
+    """Divide; anything over 0 is 0, as the cosines of a gradient of norm zero are."""
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
 def gram_matrices(
-    rows: Sequence[torch.Tensor],
-    groups: Sequence[int],
-    num_groups: int,
-    device: torch.device,
-    processes: Processes = ALONE,
+    rows: Sequence[torch.Tensor], groups: Sequence[int], device: torch.device, processes: Processes = ALONE
 ) -> torch.Tensor:
     """Compute the Gram matrices of the rows, one a group: `G = R Rᵀ`, summed over the tensors of the group.
 
     Args:
         rows: one tensor `[n, numel_i]` a parameter, of any float dtype, on any device.
-        groups: the group of each tensor.
-        num_groups: how many groups there are.
+        groups: the group of each tensor, numbered from 0.
         device: where chunks of the rows are multiplied (rows in host memory are copied there chunk by chunk).
         processes: the processes that the rows may be split over; the result is the sum of theirs.
 
     Returns:
-        float64 `[num_groups, n, n]` on the CPU. float64, so that gradients of norm 1e±100 neither overflow nor vanish.
+        float64 `[groups, n, n]` on the CPU. float64, so that gradients of norm 1e±100 neither overflow nor vanish.
     """
     n = rows[0].shape[0]
-    gram = torch.zeros(num_groups, n, n, dtype=torch.float64, device=device)
+    gram = torch.zeros(max(groups) + 1, n, n, dtype=torch.float64, device=device)
     for row, group in zip(rows, groups, strict=True):
         for chunk in row.split(max(1, _CHUNK // n), dim=1):
             gram[group] += _product(_to_float64(chunk, device))
@@ -98,8 +93,8 @@ def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weight
 
 
 def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the first `rank` rows of a tensor and give the memory of the others back, where that frees any."""
-    # Freed pinned memory stays with the process: a copy would only add to it.
+    """Return the first `rank` rows of a tensor and free the memory of the others, where that is possible."""
+    # Freed pinned memory stays with the process: a copy would need more.
     if rank == row.shape[0] or row.is_pinned():
         return row[:rank]
     kept = row[:rank].clone()
@@ -109,11 +104,11 @@ def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The few numbers that describe a basis, one entry a group; all that a policy needs beside the coefficients.
+    """The few numbers that describe a basis, one entry a group.
 
     Attributes:
-        whitening: float64 `[groups, rank, rank]`, `T` with `T B` orthonormal, where `B` is the basis as stored: it
-            takes out what rounding the basis to its dtype did to its orthonormality. `T Bᵀg` are the coefficients.
+        whitening: float64 `[groups, rank, rank]`, `T` with `Uᵀ = T B` orthonormal, where `B` is the basis as stored, whose
+            rows are orthonormal to the rounding of its dtype only. The coefficients are `c = Uᵀg = T B g`.
         references: float64 `[groups, sets, rank]`, the unit reference gradients in orthonormal coordinates,
             `r_d / ‖r_d‖ = U a_d`; zero where the reference gradient is.
         shares: float64 `[groups, sets]`, `‖r_d‖` of the group over `‖r_d‖` of all groups.
@@ -132,11 +127,18 @@ class Geometry:
         tensors = [getattr(self, name).to(device) for name in ("whitening", "references", "shares", "norms")]
         return Geometry(*tensors, self.ranks)
 
+    def coefficients(self, products: torch.Tensor) -> torch.Tensor:
+        """Return `c = Uᵀg = T p` of the products `p = B g` with the basis as stored; float64 `[groups, rank]`."""
+        return torch.einsum("gij,gj->gi", self.whitening, products.double())
+
+    def overlaps(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Return `⟨g, r_d⟩ / ‖r_d‖` over all groups for each reference set; float64 `[sets]`."""
+        return torch.einsum("gnr,gr,gn->n", self.references, coefficients, self.shares)
+
 
 def orthonormalise_(
     rows: Sequence[torch.Tensor],
     groups: Sequence[int],
-    num_groups: int,
     rank: int | None = None,
     device: torch.device | None = None,
     parts: int = 1,
@@ -144,14 +146,13 @@ def orthonormalise_(
 ) -> tuple[list[torch.Tensor], Geometry]:
     """Turn reference gradients into an orthonormal basis of their span, in their own memory.
 
-    The basis comes from the eigenvectors of the Gram matrix of the unit reference gradients (every capability weighs
-    the same, however large its gradient): `C = V Λ Vᵀ`, `U = Λ^{-1/2} Vᵀ R`. Directions whose eigenvalue is below
-    what rounding alone produces are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
+    The basis comes from the eigenvectors of the Gram matrix of the unit reference gradients (every capability has the
+    same weight, however large its gradient): `C = V Λ Vᵀ`, `Uᵀ = Λ^{-1/2} Vᵀ R`. Directions whose eigenvalue may come
+    from rounding alone are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
 
     Args:
         rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten, or emptied.
-        groups: the group of each tensor.
-        num_groups: how many groups there are.
+        groups: the group of each tensor, numbered from 0.
         rank: most directions kept; None keeps all `n`.
         device: where the arithmetic runs; None: where the rows are.
         parts: consecutive rows that together, summed, are the gradient of one reference set.
@@ -166,7 +167,7 @@ def orthonormalise_(
         FloatingPointError: a reference gradient is not finite.
     """
     device = device or rows[0].device
-    gram = gram_matrices(rows, groups, num_groups, device, processes)
+    gram = gram_matrices(rows, groups, device, processes)
     if not torch.isfinite(gram).all():
         raise FloatingPointError("a reference gradient is not finite")
 
@@ -196,7 +197,7 @@ def orthonormalise_(
     set_norms = blocks.sum((1, 2)).clamp(min=0).sqrt()
     total_norms = set_norms.square().sum(0).sqrt()
     geometry = Geometry(
-        whitening=processes.agree(_whitening(gram_matrices(basis, groups, num_groups, device, processes), kept)),
+        whitening=processes.agree(_whitening(gram_matrices(basis, groups, device, processes), kept)),
         references=ratio(coordinates, set_norms[:, :, None]),
         shares=ratio(set_norms, total_norms),
         norms=total_norms,
@@ -214,11 +215,9 @@ def _whitening(gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return inverse * block
 
 
-def assign_groups(num_tensors: int, scope: str) -> tuple[list[int], int]:
-    """Return the group of each tensor and the number of groups for a scope (`parameter` or `global`)."""
-    if scope == "parameter":
-        return list(range(num_tensors)), num_tensors
-    return [0] * num_tensors, 1
+def assign_groups(num_tensors: int, scope: str) -> list[int]:
+    """Return the group of each tensor for a scope (`parameter` or `global`)."""
+    return list(range(num_tensors)) if scope == "parameter" else [0] * num_tensors
 
 
 def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:

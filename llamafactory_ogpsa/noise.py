@@ -1,4 +1,4 @@
-"""Reference passes without noise: dropout and the like off, random state untouched, and a proof that it worked."""
+"""Reference passes without noise: dropout and similar off, random state unchanged, and a check that no noise is left."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 
-# What the attributes that hold the strength of a noise are called.
+# Parts of the names of attributes that hold the strength of a noise.
 _NOISE = ("drop", "jitter", "neftune")
 # Two passes over one batch may differ by this much, relatively: kernels on accelerators may add in another order.
 _TOLERANCE = 1e-3
@@ -60,7 +60,7 @@ def without_noise(model: torch.nn.Module) -> Iterator[None]:
 def check_repeatable(
     model: torch.nn.Module, loss: Callable[[], torch.Tensor], totals: Callable[[list[float]], list[float]]
 ) -> None:
-    """Check that two passes over one batch give the same loss, as they do where no noise is left.
+    """Check that two passes over one batch give the same loss.
 
     Args:
         model: the model, inside `without_noise`.
@@ -83,7 +83,7 @@ def check_repeatable(
 
 
 def _find_noise(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> str:
-    """Name the first module, innermost first, whose outputs differ between two passes though its inputs do not."""
+    """Name the first module, innermost first, whose outputs differ between two passes while its inputs do not."""
     records: list[list[tuple[str, float, float]]] = []
 
     def record(name: str) -> Callable:

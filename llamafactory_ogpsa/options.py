@@ -1,8 +1,8 @@
-"""The `ogpsa_*` options, each declared once.
+"""The `ogpsa_*` options, each declared once, as a field of `Settings`.
 
-From the fields of `Settings` follow LLaMA-Factory's arguments and their `--help` (`plugin.arguments`), the checks, the
-defaults, the table in docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the panel of the
-web UI (`plugin.board_tab`).
+LLaMA-Factory's arguments and their `--help` (`plugin.arguments`), the checks, the defaults, the table in
+docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the web UI's panel (`plugin.board_tab`) are
+made from these fields.
 """
 
 import re
@@ -25,17 +25,17 @@ _INTERVAL, _PREFERENCE_INTERVAL = 30, 5
 
 @dataclass(frozen=True)
 class Option:
-    """How one option is declared.
+    """The declaration of an option.
 
     Attributes:
         type: `list` (dataset names), `int` (a positive integer), `str` (one of `choices`) or `bool`.
         help: what it does.
         group: the heading under which docs/options.md and the web UI show it.
-        default: the value where none is given; None where `default_text` says what happens then.
-        default_text: the default in words, where `default` alone does not say it.
+        default: the value where none is given; None where `default_text` describes it.
+        default_text: the default in words, where `default` does not show it.
         by_stage: defaults of single training stages.
         choices: the allowed values of a `str`.
-        panel: whether the web UI shows it; the others go into LlamaBoard's extra arguments.
+        panel: whether the web UI has an element for it; others are given in LlamaBoard's extra arguments.
     """
 
     type: type
@@ -189,7 +189,7 @@ def _read_names(name: str, value: Any) -> list[str]:
 
 
 def _read_count(name: str, value: Any) -> int:
-    """Read a positive integer: 200, 200.0, "200" or "2e2"; anything that leaves a doubt is refused."""
+    """Read a positive integer: 200, 200.0, "200" or "2e2"."""
     number = value
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,18}(\.[0-9]{0,18})?([eE]\+?[0-9]{1,2})?", value):
         number = Fraction(value)
@@ -239,7 +239,7 @@ def resolve(arguments: Any) -> None:
             f"which is {arguments.ogpsa_num_samples}."
         )
     if arguments.ogpsa_loss == "sft" and arguments.stage not in ("sft", "dpo", "kto"):
-        raise ValueError(f"`ogpsa_loss` is 'sft', which stage {arguments.stage} has no use for; allowed there: stage.")
+        raise ValueError(f"`ogpsa_loss` is 'sft', which stage {arguments.stage} does not use; allowed there: stage.")
     if arguments.ogpsa_scope == "inputs":
         _resolve_inputs(arguments)
     else:
@@ -278,7 +278,7 @@ def _check_rank(arguments: Any) -> None:
         )
 
 
-# The lines of docs/options.md between which the tables stand.
+# The lines of docs/options.md around the tables.
 _BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 
@@ -299,11 +299,7 @@ def make_tables() -> str:
 
 
 def insert_tables(page: str) -> str:
-    """Return a page with its tables of options renewed.
-
-    Raises:
-        ValueError: the page does not have the two lines between which they stand.
-    """
+    """Return a page with its tables of options renewed; raise a ValueError if the two lines around them are missing."""
     before, begin, rest = page.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
@@ -312,7 +308,7 @@ def insert_tables(page: str) -> str:
 
 
 def main(words: Sequence[str]) -> None:
-    """Renew the tables in the files that are given."""
+    """Renew the tables in the given files."""
     for path in map(Path, words):
         path.write_text(insert_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 

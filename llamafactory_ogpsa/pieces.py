@@ -10,7 +10,7 @@ from .engines.processes import Processes
 
 
 class Segment(NamedTuple):
-    """A run of whole rows, or a part of one row, of a piece.
+    """Consecutive whole rows, or a part of one row, of a piece.
 
     Attributes:
         start: the first element in the piece.
@@ -51,7 +51,7 @@ def find_cuts(
             own[index][0] = float(first)
         if (offset + size) % width and not (offset % width and first == last):
             own[index][1] = float(last)
-    # A table with a line for each process, of which it fills its own.
+    # A table with a line for each process, which fills its own.
     table = [0.0] * (2 * len(widths) * processes.size)
     start = 2 * len(widths) * processes.rank
     table[start : start + 2 * len(widths)] = [row + 1 for pair in own for row in pair]
@@ -63,14 +63,9 @@ def find_cuts(
 
 
 def split_piece(index: int, width: int, offset: int, size: int, cuts: Cuts) -> list[Segment]:
-    """Split a piece into the part of a row that it begins in, whole rows, and the part of one that it ends in.
+    """Split a tensor's piece into the part of a row that it begins in, whole rows, and the part of one that it ends in.
 
-    Args:
-        index: of the tensor.
-        width: its columns.
-        offset: the first element of the piece in the flattened tensor.
-        size: the number of its elements.
-        cuts: see `find_cuts`.
+    The parameters are those of `find_cuts`, of one tensor.
     """
     segments, at = [], 0
     while at < size:

@@ -1,11 +1,18 @@
-"""Coefficients to the applied gradient: the three moves that every rule of this project is made of.
+"""Gradients in, projected gradients and figures out, for scopes `parameter` and `global` (`inputs` has its own file).
 
-1. coefficients `c = Uᵀg` (and `‖g‖²` in the same read of the gradient);
-2. a policy on those few numbers: `Δ = policy(c)`;
-3. `g ← s (g + UΔ)`, where `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping factor `s` without a further read.
+A group's basis is stored as rows `B`, rounded to its dtype; `Uᵀ = T B` is orthonormal (`T` is `Geometry.whitening`). A
+step is
 
-Where every process holds a piece of the gradient, the coefficients are summed over the processes between the first
-move and the second: the only communication of a step.
+1. measure: the products `p = B g` and `‖g‖²` in one read of the gradient; with them the coefficients `c = Uᵀg = T p`;
+2. reduce: where every process holds a piece of the gradient, both are summed over the processes, the only
+   communication of a step;
+3. policy: `Δ`, which is `-c` for `orthogonal`, and for `conflict` the least change that keeps every reference loss
+   from rising; `monitor` stops here;
+4. apply: `g ← s (g + UΔ)`, written `s (g + Bᵀδ)` with `δ = TᵀΔ`; `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping
+   factor `s` without a further read.
+
+Where nothing has to be reduced, `orthogonal` is one call of the plan; with Triton that is three launches, with no other
+operation between them.
 
 Nothing here waits for the device; only reading a figure of `ProjectionStats` does. The few numbers are float64: that
 costs nothing, and keeps TF32 out of them where a run allows it.
@@ -14,39 +21,63 @@ costs nothing, and keeps TF32 out of them where a run allows it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 
 import torch
 
 from .engines.processes import ALONE, Processes
 from .geometry import Geometry, ratio
 from .kernels import Plan
+from .kernels.policy import clipping_factor, conflict_policy, orthogonal_step
 
 
 METHODS = ("orthogonal", "conflict", "monitor")
 
-# Up to this many reference gradients, all faces of their dual cone are tried at once, which is exact.
-_MOST_FACES = 6
-# Beyond it: steps of an active-set method for each reference gradient; it typically takes one to two.
-_ACTIVE_SET_STEPS = 6
-# A group that kept less than this share of its norm has no direction left worth the name: what is there is rounding.
+# A group that kept less than this share of its norm has only rounding left, whose direction says nothing.
 _RESIDUAL_FLOOR = 1e-3
 
-Policy = Callable[[torch.Tensor], torch.Tensor]
 Projection = Callable[..., "ProjectionStats"]
 
 
+class StepFigures:
+    """The figures that every scope has; a figure is worked out when it is read, which waits for the device."""
+
+    norm_tensor: torch.Tensor
+    residual_tensor: torch.Tensor | None
+
+    @property
+    def finite_tensor(self) -> torch.Tensor:
+        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
+        return self.norm_tensor.isfinite()
+
+    @property
+    def finite(self) -> bool:
+        """False where the gradient held inf or NaN and was left as it was."""
+        return bool(self.finite_tensor.item())
+
+    @property
+    def norm(self) -> float:
+        """`‖g̃‖`, before clipping."""
+        return self.norm_tensor.item()
+
+    @property
+    def residual(self) -> float | None:
+        """What of the projected gradient still lies in the subspace, see `residual_tensor`; None if not measured."""
+        return None if self.residual_tensor is None else self.residual_tensor.item()
+
+
 @dataclass(frozen=True)
-class ProjectionStats:
+class ProjectionStats(StepFigures):
     """What one projection measured, on the gradient's device; a figure is worked out when it is read.
 
     Attributes:
         norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim. Where a
             tensor has no gradient and nothing measures, it is counted as if a gradient of zeros had been projected.
-        residual_tensor: see `residual`; None where it was not measured, which takes one more read of the gradient.
+        residual_tensor: the largest |cos| left between the gradient and a basis direction of its group; None where it
+            was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
         products: `B g` with the basis as stored, float32 `[groups, rank]`.
-        policy_delta: the `Δ` that a policy chose, float64 `[groups, rank]`; None where the kernels chose `-c`, or nothing was applied.
+        policy_delta: the `Δ` of `conflict`, float64 `[groups, rank]`; None for `orthogonal`, whose `Δ` is `-c`, and for
+            `monitor`.
         geometry: that of the basis.
     """
 
@@ -59,15 +90,10 @@ class ProjectionStats:
 
     has_cosines = True
 
-    @property
-    def finite_tensor(self) -> torch.Tensor:
-        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
-        return self.norm_tensor.isfinite()
-
     @cached_property
     def coefficients(self) -> torch.Tensor:
         """`c = Uᵀg`, float64 `[groups, rank]`."""
-        return _whiten(self.geometry, self.products)
+        return self.geometry.coefficients(self.products)
 
     @cached_property
     def delta(self) -> torch.Tensor:
@@ -77,117 +103,26 @@ class ProjectionStats:
         return torch.where(self.finite_tensor, -self.coefficients, 0.0)
 
     @property
-    def norm(self) -> float:
-        """`‖g̃‖`, before clipping."""
-        return self.norm_tensor.item()
-
-    @property
     def removed(self) -> float:
         """`‖g − g̃‖ / ‖g‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
         return ratio(self.delta.square().sum().sqrt(), self.squared_norms.sum().sqrt()).item()
 
     @property
-    def finite(self) -> bool:
-        """False where the gradient held inf or NaN and was left as it was."""
-        return bool(self.finite_tensor.item())
-
-    @property
     def cosines(self) -> list[float]:
         """The cosine of the gradient with the gradient of each reference set, before the projection."""
-        return self._cosines(self.coefficients, self.squared_norms.sum().sqrt())
+        return ratio(self.geometry.overlaps(self.coefficients), self.squared_norms.sum().sqrt()).tolist()
 
     @property
     def projected_cosines(self) -> list[float]:
         """The same after the projection: 0 for `orthogonal` with a full rank, for `monitor` what it would be."""
         coefficients = self.coefficients + self.delta
         change = (coefficients.square() - self.coefficients.square()).sum()
-        return self._cosines(coefficients, (self.squared_norms.sum() + change).clamp(min=0).sqrt())
-
-    def _cosines(self, coefficients: torch.Tensor, norm: torch.Tensor) -> list[float]:
-        geometry = self.geometry
-        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
-        return ratio(overlap, norm).tolist()
-
-    @property
-    def residual(self) -> float | None:
-        """The largest |cos| left between the gradient and a basis direction of its group; None if not measured."""
-        return None if self.residual_tensor is None else self.residual_tensor.item()
-
-
-def conflict_policy(references: torch.Tensor) -> Policy:
-    r"""Make the policy `conflict`: the least change after which no reference loss rises to first order.
-
-    `min ‖Δ‖² subject to a_d·(c + Δ) ≥ 0 for every d`: the constraint of GEM (Lopez-Paz and Ranzato, 2017, eq. 11),
-    written in the coordinates of the subspace. Its dual is `min_{μ ≥ 0} ½ μᵀAAᵀμ + μᵀAc`, with `Δ = Aᵀμ`. With few
-    reference gradients the solution is found by trying every face of the cone, whose matrices are made here, once a
-    refresh; with many by an active-set method on the dual (Lawson and Hanson, 1974).
-
-    Args:
-        references: float64 `[groups, n, rank]`, unit reference gradients in orthonormal coordinates.
-
-    Returns:
-        the policy, from coefficients float64 `[groups, rank]` to `Δ` of the same shape.
-    """
-    normals, n = references, references.shape[1]
-    if n > _MOST_FACES:
-        return lambda c: _active_set(normals, c)
-
-    masks = torch.tensor(list(product((0.0, 1.0), repeat=n)), dtype=torch.float64, device=normals.device)
-    active = masks[None, :, :, None] * normals[:, None]  # [groups, faces, n, rank]
-    multipliers = -torch.linalg.pinv(active @ active.mT, hermitian=True) @ active  # μ of each face is this times c
-
-    def policy(c: torch.Tensor) -> torch.Tensor:
-        mu = torch.einsum("gfnr,gr->gfn", multipliers, c)
-        candidates = c[:, None] + torch.einsum("gfnr,gfn->gfr", active, mu)
-        slack = torch.einsum("gnr,gfr->gfn", normals, candidates)
-        # The optimum is the one face with μ ≥ 0 and no constraint broken; rounding decides between equals.
-        violation = (-slack).clamp(min=0).amax(-1) + (-mu).clamp(min=0).amax(-1)
-        best = violation.argmin(1)[:, None, None].expand(-1, 1, c.shape[1])
-        return candidates.gather(1, best)[:, 0] - c
-
-    return policy
-
-
-def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Solve the dual of `conflict_policy` for all groups at once, without a host synchronisation.
-
-    Lawson and Hanson's method with its two loops made one: in every step a group either moves to the optimum on its
-    active constraints and takes the most violated one in, or, where that would make a multiplier negative, goes only
-    as far as the first zero and drops that constraint. A group that is done stays where it is.
-
-    Args:
-        normals: float64 `[groups, n, rank]`.
-        c: float64 `[groups, rank]`.
-
-    Returns:
-        `Δ`, float64 `[groups, rank]`.
-    """
-    gram, n = normals @ normals.mT, normals.shape[1]
-    offset = torch.einsum("gnr,gr->gn", normals, c)
-    tolerance = 1e-12 * (1 + c.norm(dim=1, keepdim=True))
-    mu, active = torch.zeros_like(offset), torch.zeros_like(offset, dtype=torch.bool)
-    for _ in range(_ACTIVE_SET_STEPS * n):
-        block = gram * active[:, :, None] * active[:, None, :] + torch.diag_embed((~active).double())
-        solution = torch.linalg.solve_ex(block, -offset * active)[0]
-        blocked = active & (solution <= 0)
-        stuck = blocked.any(1, keepdim=True)
-
-        lengths = torch.where(blocked, mu / (mu - solution), torch.full_like(mu, torch.inf))
-        length = lengths.amin(1, keepdim=True).clamp(max=1.0)
-        mu = torch.where(stuck, mu + length * (solution - mu), solution) * active
-        dropped = stuck & (lengths <= length)
-        mu = mu.masked_fill(dropped, 0.0)
-
-        violation = (-offset - torch.einsum("gnm,gm->gn", gram, mu)).masked_fill(active, -torch.inf)
-        worst = violation.amax(1, keepdim=True)
-        taken = ~stuck & (violation == worst) & (worst > tolerance)
-        first = torch.zeros_like(active).scatter(1, taken.long().argmax(1, keepdim=True), True)
-        active = (active & ~dropped) | (taken & first)
-    return torch.einsum("gnr,gn->gr", normals, mu)
+        norm = (self.squared_norms.sum() + change).clamp(min=0).sqrt()
+        return ratio(self.geometry.overlaps(coefficients), norm).tolist()
 
 
 def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Processes = ALONE) -> Projection:
-    """Bind a method to a basis: make the function that projects gradients in place.
+    """Make the function that projects gradients in place, of a method and a basis.
 
     Args:
         plan: the kernels over the stored basis `B`.
@@ -205,46 +140,38 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
     whitening = geometry.whitening
     inverse_gram = (whitening.mT @ whitening).float()
     conflict = conflict_policy(geometry.references) if method == "conflict" else None
-    fused = method == "orthogonal" and not processes.sharded
 
     @torch.no_grad()
     def project(
         gradients: Sequence[torch.Tensor | None], max_norm: float | None = None, measure: bool = False
     ) -> ProjectionStats:
         delta = None
-        if fused:
+        if method == "orthogonal" and not processes.sharded:
             products, squared_norms, norm = plan.orthogonal_(gradients, inverse_gram, max_norm)
         else:
             products, squared_norms = _coefficients(plan, gradients, processes)
             norm = squared_norms.sum().sqrt()
-        if method != "monitor" and not fused:
-            c, finite = _whiten(geometry, products), norm.isfinite()
-            delta = torch.where(finite, conflict(c) if conflict is not None else -c, 0.0)
-            left = (squared_norms + 2 * (c * delta).sum(1) + delta.square().sum(1)).clamp(min=0).sum().sqrt()
-            norm = torch.where(finite, left.float(), norm)
-            scale = _clipping_factor(norm, max_norm)
-            plan.apply_(gradients, torch.einsum("gij,gi->gj", whitening, delta).float(), scale)
+            if method == "orthogonal":
+                step, scale, norm = orthogonal_step(products.double(), squared_norms.double(), inverse_gram, max_norm)
+                plan.apply_(gradients, step, scale)
+            elif conflict is not None:
+                c, finite = geometry.coefficients(products), norm.isfinite()
+                delta = torch.where(finite, conflict(c), 0.0)
+                left = (squared_norms + 2 * (c * delta).sum(1) + delta.square().sum(1)).clamp(min=0).sum().sqrt()
+                norm = torch.where(finite, left.float(), norm)
+                step = torch.einsum("gij,gi->gj", whitening, delta).float()
+                plan.apply_(gradients, step, clipping_factor(norm, max_norm))
 
         residual = None
         if measure:
-            norms, scale = squared_norms.sqrt(), None if method == "monitor" else _clipping_factor(norm, max_norm)
-            norms = norms if scale is None else scale * norms
-            residual, left = _residual(plan, gradients, processes, geometry, norms)
+            scale = None if method == "monitor" else clipping_factor(norm, max_norm)
+            before = squared_norms.sqrt() if scale is None else scale * squared_norms.sqrt()
+            residual, left = _residual(plan, gradients, processes, geometry, before)
             if max_norm is None and any(gradient is None for gradient in gradients):
                 norm = left
         return ProjectionStats(norm, residual, squared_norms, products, delta, geometry)
 
     return project
-
-
-def _whiten(geometry: Geometry, products: torch.Tensor) -> torch.Tensor:
-    """Turn products with the basis as stored into coefficients in orthonormal coordinates, float64."""
-    return torch.einsum("gij,gj->gi", geometry.whitening, products.double())
-
-
-def _clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
-    """Return the factor of `torch.nn.utils.clip_grad_norm_`, None where nothing is clipped."""
-    return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def _coefficients(
@@ -279,6 +206,6 @@ def _residual(
         the norm of all groups, 0-dim.
     """
     products, left = _coefficients(plan, gradients, processes)
-    coefficients = _whiten(geometry, products).abs().amax(1)
-    cosines = ratio(coefficients, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms))
+    largest = geometry.coefficients(products).abs().amax(1)
+    cosines = ratio(largest, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms))
     return cosines.max(), left.sum().sqrt()

@@ -1,11 +1,11 @@
 """How scope `inputs` protects one tensor, and what one projection of it measured."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
 from .geometry import ratio
+from .projection import StepFigures
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Protected:
 
 
 @dataclass(frozen=True)
-class InputStats:
+class InputStats(StepFigures):
     """What one projection measured, on the gradient's device; a figure is worked out when it is read.
 
     Attributes:
         norm_tensor: `‖G̃‖` of all tensors before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
         sums: float64 `[tensors, 2]`: of each tensor `‖G‖²` and the part of it that lies in its span.
-        residual_tensor: see `residual`.
+        residual_tensor: the largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None where it was not measured.
     """
 
     norm_tensor: torch.Tensor
@@ -52,26 +52,6 @@ class InputStats:
     has_cosines = False
 
     @property
-    def finite_tensor(self) -> torch.Tensor:
-        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
-        return self.norm_tensor.isfinite()
-
-    @property
-    def finite(self) -> bool:
-        """False where the gradient held inf or NaN and was left as it was."""
-        return bool(self.finite_tensor.item())
-
-    @property
-    def norm(self) -> float:
-        """`‖G̃‖`, before clipping."""
-        return self.norm_tensor.item()
-
-    @property
     def removed(self) -> float:
         """`‖G − G̃‖ / ‖G‖`, from 0 to 1; for `monitor` what `orthogonal` would have removed."""
         return ratio(self.sums[:, 1].sum().sqrt(), self.sums[:, 0].sum().sqrt()).item()
-
-    @cached_property
-    def residual(self) -> float | None:
-        """The largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None if not measured."""
-        return None if self.residual_tensor is None else self.residual_tensor.item()

@@ -1,7 +1,7 @@
 """Reference sets to reference gradients.
 
 A reference gradient is the gradient of the mean loss over the tokens (or pairs) of a reference set, at the current
-weights. This module knows batches, weights and gradients; the loss itself comes with the set.
+weights.
 """
 
 import copy
@@ -20,10 +20,10 @@ _SCALE_STEP = 16
 
 
 class ReferenceLoss(Protocol):
-    """The loss of a reference batch, supplied by whoever owns the model."""
+    """The loss of a reference batch."""
 
     def weigh(self, samples: list[dict[str, Any]]) -> float:
-        """Return what samples count for in the average over their set: their tokens or their number."""
+        """Return the weight of samples in the average over their set: the number of their tokens, or of the samples."""
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
         """Return the batch's part of the average: `weight / total` times its own mean loss, differentiable."""
@@ -46,12 +46,12 @@ class ReferenceSet:
     loss: ReferenceLoss
 
     def read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return copies of samples: a collator may take out of them what it has used."""
+        """Return copies of samples, because a collator may change them."""
         return [copy.deepcopy(self.samples[index]) for index in indices]
 
 
 def take_in_turn(available: int, count: int | None, turn: int) -> list[int]:
-    """Return the indices of the samples of one refresh: `count` of them, going round the set turn by turn."""
+    """Return the indices of the `count` samples of one refresh; turn after turn they go round the set."""
     count = available if count is None else min(count, available)
     return [(turn * count + i) % available for i in range(count)]
 
@@ -64,8 +64,8 @@ def split_parts(indices: list[int], parts: int) -> list[list[int]]:
 def split_batches(indices: list[int], batch_size: int, engine: Engine) -> list[tuple[list[int], int]]:
     """Return this process's share of the samples of a part, in batches, with the number of samples that count.
 
-    The shares differ by one sample at most. Every process gets the same number of batches: where one would have fewer,
-    a batch of one sample that does not count makes up for it.
+    The shares differ by one sample at most. Every process gets the same number of batches: one that would have fewer
+    gets a batch of one sample that does not count.
     """
     share = indices[engine.processes.rank :: engine.processes.size]
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
@@ -195,12 +195,11 @@ def accumulate_gradient(
     engine: Engine,
     on_batch: Callable[[], None] = _nothing,
 ) -> tuple[float, float, float]:
-    """Leave the gradient of the mean loss over all processes' batches, times the loss scale, in the engine.
+    """Accumulate the gradient of the mean loss over all processes' batches, times the loss scale, in the engine.
 
-    Every batch weighs what it has in tokens or samples, so that neither the batch size nor the number of processes
-    matters. A batch whose loss is not finite is left out, and with it those that the other processes have at the same
-    time; the passes are then done again, and the mean is over what is left. So they are, with a smaller loss scale,
-    where the gradient overflowed.
+    Every batch is weighted by its tokens or samples, so that neither the batch size nor the number of processes matters.
+    If the loss of a batch is not finite, the passes are repeated without it and the other processes' batches at the same
+    position. If the gradient overflowed, they are repeated with a smaller loss scale.
 
     Args:
         reference: the set.
@@ -210,8 +209,8 @@ def accumulate_gradient(
         on_batch: called after every batch, the first time.
 
     Returns:
-        the mean loss and the weight (tokens or samples) that it and the gradient were averaged over; and the scale, by
-        which the caller divides the gradient in a dtype that has more than float16's range.
+        the mean loss; the weight (tokens or samples) that it and the gradient were averaged over; the loss scale, by
+        which the caller divides the gradient in a dtype with more than float16's range.
 
     Raises:
         FloatingPointError: no batch has a finite loss, or the gradient is not finite at any loss scale.
@@ -221,9 +220,15 @@ def accumulate_gradient(
     batch_weights = engine.processes.totals(weights)
     kept, scale = list(range(len(batches))), engine.loss_scale
     while True:
-        total = sum(batch_weights[position] for position in kept)
-        losses = _accumulate(reference, batches, kept, weights, total, engine, scale, on_batch)
-        on_batch = _nothing
+        total, losses = sum(batch_weights[position] for position in kept), []
+        engine.clear()
+        for position in kept:
+            loss = reference.loss(reference.collate(reference.read(batches[position][0])), weights[position], total)
+            losses.append(loss.item())
+            engine.backward(loss, scale, last=position == kept[-1])
+            on_batch()
+        engine.complete()
+        losses, on_batch = engine.processes.totals(losses), _nothing
         failed = [position for position, loss in zip(kept, losses, strict=True) if not math.isfinite(loss)]
         if failed:
             kept = [position for position in kept if position not in failed]
@@ -240,29 +245,6 @@ def accumulate_gradient(
         if scale <= 1:
             raise FloatingPointError("the gradient is not finite")
         scale = max(1.0, scale / _SCALE_STEP)
-
-
-def _accumulate(
-    reference: ReferenceSet,
-    batches: Sequence[tuple[list[int], int]],
-    kept: Sequence[int],
-    weights: Sequence[float],
-    total: float,
-    engine: Engine,
-    scale: float,
-    on_batch: Callable[[], None],
-) -> list[float]:
-    """Accumulate the gradient of some batches, times `scale`; return their losses, each summed over the processes."""
-    engine.clear()
-    losses = []
-    for position in kept:
-        batch = reference.collate(reference.read(batches[position][0]))
-        loss = reference.loss(batch, weights[position], total)
-        losses.append(loss.item())
-        engine.backward(loss, scale, last=position == kept[-1])
-        on_batch()
-    engine.complete()
-    return engine.processes.totals(losses)
 
 
 def _all_finite(tensors: Sequence[torch.Tensor]) -> bool:

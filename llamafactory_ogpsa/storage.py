@@ -1,4 +1,4 @@
-"""Files of tensors that are either complete and unchanged, or refused."""
+"""Files of tensors that are checked when they are read."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def open_tensors(path: str) -> Iterator[tuple[Read, dict[str, str], set[str]]]:
         a function that reads a tensor by name, the texts, and the names.
 
     Raises:
-        ValueError: the file, or a tensor in it, is missing or not as it was written; the message continues the file's
+        ValueError: the file, or a tensor in it, is missing or not as it was written; the message goes after the file's
             name ("cannot be read …", "has no 'x'", "has other numbers in 'x' than were written").
     """
     try:

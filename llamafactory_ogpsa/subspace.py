@@ -1,4 +1,4 @@
-"""A subspace that is projected out of gradients: what a run keeps, and the Python interface."""
+"""`Subspace`: the basis that a run keeps and projects gradients with, and the Python interface."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -43,7 +43,7 @@ class Subspace:
             basis: their bases, `[rank, numel_i]`, as `orthonormalise_` returns them.
             geometry: its geometry.
             groups: the group of each tensor.
-            device: where the gradients live; None: where the basis is.
+            device: where the gradients are; None: where the basis is.
             processes: those that gradients and basis may be split over.
         """
         self.names = tuple(names)
@@ -57,7 +57,7 @@ class Subspace:
         self._projections: dict[tuple[str, str], Projection] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is made at the first use and made again where it is missing: it cannot be pickled."""
+        """Leave out what cannot be pickled and is made again when it is used."""
         return {**self.__dict__, "_plans": {}, "_projections": {}}
 
     @property
@@ -127,9 +127,9 @@ class Subspace:
                     row[index].view(tensor.shape).copy_(tensor)
             rows.append(row)
             kept_names.append(name)
-        groups, num_groups = assign_groups(len(rows), scope)
+        groups = assign_groups(len(rows), scope)
         try:
-            basis, geometry = orthonormalise_(rows, groups, num_groups, rank)
+            basis, geometry = orthonormalise_(rows, groups, rank)
         except FloatingPointError as err:
             index, name = next(
                 (index, name)
@@ -148,41 +148,34 @@ class Subspace:
         return subspace
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return all numbers of the subspace by name, contiguous: the bases `basis.<name>`, and those of its geometry."""
+        """Return the bases as `basis.<name>` and the numbers of the geometry as `geometry.<field>`, contiguous."""
         tensors = {f"basis.{name}": rows for name, rows in zip(self.names, self.basis, strict=True)}
         for field in fields(Geometry):
             tensors[f"geometry.{field.name}"] = torch.as_tensor(getattr(self.geometry, field.name)).contiguous()
         return tensors
 
     def save(self, path: str) -> None:
-        """Write the subspace to a safetensors file, under a temporary name first; `load` reads it.
-
-        Args:
-            path: the file.
-        """
+        """Write the subspace to a safetensors file, under a temporary name first; `load` reads it."""
         kept = {"names": list(self.names), "groups": list(self.groups), "most_directions": self._most_directions}
         save_tensors(path, self.tensors(), {"subspace": json.dumps(kept)})
 
     @classmethod
     def load(cls, path: str, device: torch.device | str = "cpu") -> "Subspace | InputSubspace":
-        """Read a subspace that `save` wrote.
+        """Read a subspace that `save` wrote; it projects like the saved one, to the last bit.
 
         Args:
             path: the file.
             device: where the gradients will be.
 
-        Returns:
-            the subspace, which projects as the one that was saved, to the last bit.
-
         Raises:
-            ValueError: the file is missing, damaged or no subspace.
+            ValueError: the file is missing, damaged or not a subspace.
         """
         try:
             with open_tensors(path) as (read, metadata, _):
                 if "inputs" in metadata:
                     return InputSubspace.load(path, device)
                 if "subspace" not in metadata:
-                    raise ValueError("is no subspace")
+                    raise ValueError("is not a subspace")
                 kept = json.loads(metadata["subspace"])
                 basis = [read(f"basis.{name}").to(device) for name in kept["names"]]
                 subspace = cls(kept["names"], basis, read_geometry(read), kept["groups"])
@@ -192,7 +185,7 @@ class Subspace:
         return subspace
 
     def find_covered(self) -> list[bool]:
-        """Return for each tensor whether it has a direction in any process; without one it is not projected."""
+        """Return for each tensor whether it has a direction, in any process; others are not projected."""
         touched = torch.stack([row.any() for row in self.basis]).tolist()
         return [count > 0 for count in self.processes.totals([float(any_row) for any_row in touched])]
 
@@ -212,34 +205,27 @@ class Subspace:
             sums[self.groups[index], :-1] += products_with(self.basis[index], change)
             sums[self.groups[index], -1] += torch.linalg.vector_norm(change, dtype=torch.float64).square()
         sums = self.processes.sum_pieces(sums)
-        return torch.einsum("gij,gj->gi", self.geometry.whitening, sums[:, :-1]), sums[:, -1].sum()
+        return self.geometry.coefficients(sums[:, :-1]), sums[:, -1].sum()
 
     def plan(self, kernel: str = "auto") -> Plan:
-        """Return the kernels over this basis, made ready at their first use; see `kernels.make_plan`."""
+        """Return the kernels over this basis, prepared at their first use; see `kernels.make_plan`."""
         if kernel not in self._plans:
             num_groups = len(self.geometry.ranks)
             self._plans[kernel] = make_plan(self.basis, self.groups, num_groups, kernel=kernel, device=self.device)
         return self._plans[kernel]
 
     def projection(self, method: str = "orthogonal", kernel: str = "auto") -> Projection:
-        """Return the projection of gradients given in the order of `names`, made at its first use.
-
-        Args:
-            method: as in `project_`.
-            kernel: as in `project_`.
-
-        Returns:
-            the function that `projection.make_projection` describes.
+        """Return the projection of gradients given in the order of `names`; see `make_projection`.
 
         Raises:
             ValueError: an unknown method or kernel, a kernel that cannot run here, or `conflict` where `rank` was
-                below the number of reference gradients, be they independent or not.
+                below the number of reference gradients, independent or not.
         """
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}")
         num_references, most = self.geometry.references.shape[1], self._most_directions
         if method == "conflict" and most is not None and most < num_references:
-            # What the lost directions held of a reference gradient could not be kept from rising.
+            # A reference loss could rise along the directions that were dropped.
             raise ValueError(
                 f"`method` conflict needs a direction for every reference gradient; of {num_references}, `rank` kept "
                 f"{most} at most"
@@ -265,9 +251,9 @@ class Subspace:
 
         Args:
             gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; every name of the
-                subspace must be there. None, for a parameter without gradient, counts as zero; with scope `global` its
-                part of the projection cannot be written, so a component may be left, which `residual` shows. A name
-                that no reference gradient touched is left alone.
+                subspace is required. None, for a parameter without gradient, counts as zero; with scope `global` its
+                part of the projection cannot be written, so a component may be left, which `residual` shows. Names
+                without a reference gradient are not changed.
             method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
                 change after which no reference loss rises to first order; `monitor` changes nothing.
             kernel: `triton`, `torch`, or `auto` for triton where it runs.
@@ -286,6 +272,6 @@ class Subspace:
 
 
 def read_geometry(read: Read) -> Geometry:
-    """Read the geometry that `Subspace.tensors` has, onto the CPU."""
+    """Read the geometry that `Subspace.tensors` returned, onto the CPU."""
     *numbers, ranks = [read(f"geometry.{field.name}") for field in fields(Geometry)]
     return Geometry(*numbers, tuple(ranks.tolist()))

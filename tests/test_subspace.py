@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.geometry import gram_matrices
-from llamafactory_ogpsa.projection import conflict_policy
+from llamafactory_ogpsa.kernels.policy import conflict_policy
 
 
 SHAPES = {"a": (5, 7), "b": (11,), "c": (3, 4, 2), "d": (1,)}
@@ -180,7 +180,7 @@ def test_gram_matrices_of_rows_in_several_chunks_and_slices(monkeypatch, widths)
     monkeypatch.setattr("llamafactory_ogpsa.geometry._SLICE", 16)
     rows = [torch.randn(3, width, generator=torch.Generator().manual_seed(width)) for width in widths]
     whole = torch.cat(rows, dim=1).double()
-    gram = gram_matrices(rows, [0] * len(rows), 1, torch.device("cpu"))
+    gram = gram_matrices(rows, [0] * len(rows), torch.device("cpu"))
     torch.testing.assert_close(gram[0], whole @ whole.T, rtol=1e-13, atol=1e-13)
 
 

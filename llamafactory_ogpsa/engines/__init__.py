@@ -1,4 +1,4 @@
-"""Where gradients live: one engine for each way of training."""
+"""Where gradients are: one engine for each way of training."""
 
 import torch
 from torch.distributed.tensor import DTensor

@@ -17,7 +17,7 @@ class Zero12Engine(ZeroEngine):
         return bool(self._zero.cpu_offload)
 
     def _find_places(self) -> list[Place | None]:
-        # Not `_hp_mapping`, which does not know of `round_robin_gradients`.
+        # Not `_hp_mapping`, which ignores `round_robin_gradients`.
         zero, places = self._zero, {}
         for group, params in enumerate(zero.params_in_partition):
             offsets, starts = zero.grad_partition_insertion_offset[group], zero.grad_start_offset[group]
@@ -54,7 +54,7 @@ class Zero12Engine(ZeroEngine):
                 tensors[group] = None
         if self._offload:
             zero.reset_cpu_buffers()
-            # A parameter that the next backward pass does not reach would keep, or be added to, what is in these.
+            # A parameter that the next backward pass does not reach would keep these numbers, or add to them.
             for buffer in [*self._buffers(), *zero.accumulated_grads_in_cpu.values()]:
                 buffer.zero_()
 
@@ -72,9 +72,8 @@ class Zero3Engine(ZeroEngine):
         places = []
         for param in self.parameters:
             group, start, part = zero.grad_position[zero.get_param_id(param)]
-            size = max(
-                0, min(part, param.ds_numel - self.processes.rank * part)
-            )  # the rest of the last parts is padding
+            # The rest of the last parts is padding.
+            size = max(0, min(part, param.ds_numel - self.processes.rank * part))
             places.append(Place(group, indices[id(param)], start, size, self.processes.rank * part))
         return places
 
@@ -111,11 +110,7 @@ class Zero3Engine(ZeroEngine):
 
 
 def _require(optimized: Container[int], names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Check that DeepSpeed's optimizer has every trainable parameter, given by its id.
-
-    Raises:
-        RuntimeError: it lacks one.
-    """
+    """Raise a RuntimeError unless DeepSpeed's optimizer has every trainable parameter, by its id."""
     for name, param in zip(names, parameters, strict=True):
         if id(param) not in optimized:
             raise RuntimeError(f"OGPSA finds no partition of {name} in DeepSpeed's optimizer.")
@@ -128,7 +123,7 @@ def make_zero_engine(model: torch.nn.Module, engine: Any) -> ZeroEngine:
     """Make the engine of a DeepSpeed run.
 
     Raises:
-        ValueError: not a ZeRO optimizer of stage 1, 2 or 3 that OGPSA knows; says which.
+        ValueError: not a ZeRO optimizer of stage 1, 2 or 3 that OGPSA supports; names it.
         RuntimeError: this version of DeepSpeed does not look as expected.
     """
     kind = type(engine.optimizer).__name__
@@ -142,10 +137,9 @@ def make_zero_engine(model: torch.nn.Module, engine: Any) -> ZeroEngine:
 
 @contextmanager
 def before_step(engine: Any, action: Callable[[], None]) -> Iterator[None]:
-    """While the context is open, call `action` between DeepSpeed's backward pass and its step.
+    """Call `action` between DeepSpeed's last backward pass of a step and its step while the context is open.
 
-    accelerate's wrapper calls `engine.backward` and `engine.step` in one; the gradients are complete between the two,
-    in the last micro-batch of a step.
+    accelerate's wrapper calls `engine.backward` and `engine.step` in one; the gradients are complete between the two.
     """
     stock = engine.step
 

@@ -1,4 +1,4 @@
-"""What the rest of the project knows of the way in which a model is trained."""
+"""The interface between a run and the way in which its model is trained."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -66,7 +66,7 @@ class Engine(Protocol):
         """Return the gradients, None where a parameter has none; writing to them changes the step."""
 
     def clear(self) -> None:
-        """Drop all gradients, and with them whatever else is kept of the backward passes since the last step."""
+        """Drop all gradients, and all other state of the backward passes since the last step."""
 
     def reference_pass(self) -> AbstractContextManager:
         """Return the context of the backward passes of a reference gradient."""
@@ -84,13 +84,13 @@ class Engine(Protocol):
         """Make the gradients complete after the last `backward`."""
 
     def fill(self) -> None:
-        """Give parameters that the loss did not reach a gradient of zeros, to which a projection can be written."""
+        """Give parameters without a gradient one of zeros, to which a projection can be written."""
 
     def projected(self) -> None:
-        """Take note that the gradients were changed in place."""
+        """Update what was derived from the gradients before they were changed in place."""
 
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
-        """Change parameters in place, the copies that the optimizer steps included; every process calls it.
+        """Change parameters in place, and the optimizer's copies of them; every process calls it.
 
         Args:
             indices: of the parameters.
@@ -99,6 +99,40 @@ class Engine(Protocol):
 
     def weights(self) -> list[Weight | None]:
         """Return where the weights of each gradient are; None where this process has none of them."""
+
+
+class ParameterGradients:
+    """The part that the engines share whose gradients are in `param.grad`.
+
+    Args:
+        trainable: the trainable parameters with their names.
+        scaler: the run's gradient scaler.
+    """
+
+    def __init__(
+        self, trainable: Sequence[tuple[str, torch.nn.Parameter]], scaler: torch.amp.GradScaler | None
+    ) -> None:
+        self.names = [name for name, _ in trainable]
+        self.parameters = [param for _, param in trainable]
+        self.dtypes = [param.dtype for param in self.parameters]
+        self.num_parameters = sum(param.numel() for param in self.parameters)
+        self._scaler = scaler
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else self._scaler.get_scale()
+
+    def clear(self) -> None:
+        for param in self.parameters:
+            param.grad = None
+
+    def fill(self) -> None:
+        for param in self.parameters:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+
+    def projected(self) -> None:
+        pass
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

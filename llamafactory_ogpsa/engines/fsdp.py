@@ -8,14 +8,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .engine import Weight, trainable_parameters
+from .engine import ParameterGradients, Weight, trainable_parameters
 from .processes import Processes
 
 
-class FullyShardedEngine:
+class FullyShardedEngine(ParameterGradients):
     """The engine of DTensor gradients, sharded over one dimension of the device mesh (with HSDP's others replicating).
 
-    Every backward pass reduces and scatters; FSDP divides by the number of processes, which `backward` makes up for.
+    Every backward pass reduces and scatters; FSDP divides by the number of processes, which `backward` compensates.
     """
 
     def __init__(
@@ -32,8 +32,7 @@ class FullyShardedEngine:
             ValueError: the model has no trainable parameter, or one that is not split as the others are.
         """
         trainable = trainable_parameters(model)
-        self.names = [name for name, _ in trainable]
-        self.parameters = [param for _, param in trainable]
+        super().__init__(trainable, scaler)
         groups = {name: _shard_group(param) for name, param in trainable}
         group = groups[self.names[0]]
         for name in self.names:
@@ -45,26 +44,15 @@ class FullyShardedEngine:
                 )
         self.sizes = [param.to_local().numel() for param in self.parameters]
         self.offsets = [_offset(param) for param in self.parameters]
-        self.dtypes = [param.dtype for param in self.parameters]
-        self.num_parameters = sum(param.numel() for param in self.parameters)
         self._model = model
-        self._scaler = scaler
         self.processes = Processes(dist.get_rank(), dist.get_world_size(), device, group)
 
     @property
     def device(self) -> torch.device:
         return self.parameters[0].to_local().device
 
-    @property
-    def loss_scale(self) -> float:
-        return 1.0 if self._scaler is None else self._scaler.get_scale()
-
     def gradients(self) -> list[torch.Tensor | None]:
         return [None if param.grad is None else param.grad.to_local() for param in self.parameters]
-
-    def clear(self) -> None:
-        for param in self.parameters:
-            param.grad = None
 
     def reference_pass(self) -> AbstractContextManager:
         return nullcontext()
@@ -75,16 +63,8 @@ class FullyShardedEngine:
     def complete(self) -> None:
         pass
 
-    def fill(self) -> None:
-        for param in self.parameters:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-
-    def projected(self) -> None:
-        pass
-
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
-        # A module that is still gathered would do its next forward pass with the weights of before.
+        # A module that is still gathered would use the old weights in its next forward pass.
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -96,7 +76,7 @@ class FullyShardedEngine:
 
 
 def _shard_group(param: torch.nn.Parameter) -> dist.ProcessGroup | None:
-    """Return the processes that a parameter's first dimension is split over; None where it is not, or others are."""
+    """Return the processes that a parameter is split over; None unless its first dimension, and no other, is split."""
     if not isinstance(param, DTensor):
         return None
     sharded = [dim for dim, placement in enumerate(param.placements) if placement.is_shard()]

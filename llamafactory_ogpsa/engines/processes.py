@@ -39,12 +39,7 @@ class Processes:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes, the same bits in each."""
-        if self.size == 1:
-            return tensor
-
-        total = tensor.to(self.device, copy=True)
-        dist.all_reduce(total)
-        return total.to(tensor.device)
+        return tensor if self.size == 1 else self._sum(tensor, None)
 
     def union(self, items: Iterable[Hashable]) -> list:
         """Return what any process has of some sortable items, each once, in the same order in every process."""
@@ -55,12 +50,12 @@ class Processes:
 
     def sum_pieces(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum a small tensor over the pieces of the gradients: one collective, the same bits in each process."""
-        if not self.sharded:
-            return numbers
+        return self._sum(numbers, self.shard_group) if self.sharded else numbers
 
-        total = numbers.to(self.device, copy=True)
-        dist.all_reduce(total, group=self.shard_group)
-        return total.to(numbers.device)
+    def _sum(self, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        total = tensor.to(self.device, copy=True)
+        dist.all_reduce(total, group=group)
+        return total.to(tensor.device)
 
     def agree(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the first process's version of a small tensor in all processes.

@@ -7,15 +7,12 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .engine import Weight, trainable_parameters
+from .engine import ParameterGradients, Weight, trainable_parameters
 from .processes import Processes
 
 
-class ReplicatedEngine:
-    """The engine of `param.grad`, equal in all processes.
-
-    The projection needs no communication here: every process computes the same numbers from the same gradients.
-    """
+class ReplicatedEngine(ParameterGradients):
+    """The engine of `param.grad`, equal in all processes, so that the projection needs no communication."""
 
     def __init__(
         self,
@@ -41,13 +38,9 @@ class ReplicatedEngine:
                     f"OGPSA cannot train a model that is split over devices: {trainable[0][0]} is on {device}, "
                     f"{name} on {param.device}; allowed: all trainable parameters on one device in each process."
                 )
-        self.names = [name for name, _ in trainable]
-        self.parameters = [param for _, param in trainable]
+        super().__init__(trainable, scaler)
         self.sizes = [param.numel() for param in self.parameters]
         self.offsets = [0] * len(self.sizes)
-        self.dtypes = [param.dtype for param in self.parameters]
-        self.num_parameters = sum(self.sizes)
-        self._scaler = scaler
         wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
         self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         self.processes = Processes(device=device)
@@ -58,16 +51,8 @@ class ReplicatedEngine:
     def device(self) -> torch.device:
         return self.parameters[0].device
 
-    @property
-    def loss_scale(self) -> float:
-        return 1.0 if self._scaler is None else self._scaler.get_scale()
-
     def gradients(self) -> list[torch.Tensor | None]:
         return [param.grad for param in self.parameters]
-
-    def clear(self) -> None:
-        for param in self.parameters:
-            param.grad = None
 
     def reference_pass(self) -> AbstractContextManager:
         # Reduced once, in `complete`, not in every backward pass.
@@ -83,14 +68,6 @@ class ReplicatedEngine:
         self.fill()
         for work in [dist.all_reduce(param.grad, async_op=True) for param in self.parameters]:
             work.wait()
-
-    def fill(self) -> None:
-        for param in self.parameters:
-            if param.grad is None:
-                param.grad = torch.zeros_like(param)
-
-    def projected(self) -> None:
-        pass
 
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
         for index in indices:

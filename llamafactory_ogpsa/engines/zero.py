@@ -1,7 +1,7 @@
 """Gradients that DeepSpeed's ZeRO has partitioned, in its optimizer's buffers, with and without CPU offload.
 
 The buffers have no public interface that is local and in place (`safe_get_full_grad` gathers a tensor at a time), so
-the engines read the ZeRO optimizers' own bookkeeping, and check at the start that it is there.
+the engines read private attributes of the ZeRO optimizers, and check at the start that they exist.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from .engine import Weight, trainable_parameters
 from .processes import Processes
 
 
-# Before it, ZeRO-2 with offload dropped all but the last of several backward passes, without a message.
+# Before it, ZeRO-2 with offload silently dropped all but the last of several backward passes.
 OLDEST_VERSION = "0.19.0"
 
 # What each ZeRO optimizer must have, by the name of its class.
@@ -82,7 +82,7 @@ class Place(NamedTuple):
 
 
 def find_problems() -> list[str]:
-    """Return what keeps OGPSA from training with the DeepSpeed and accelerate that are installed."""
+    """Return why OGPSA cannot train with the DeepSpeed and accelerate that are installed; empty if it can."""
     import deepspeed
     from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 
@@ -95,11 +95,7 @@ def find_problems() -> list[str]:
 
 
 def _check(engine: Any) -> None:
-    """Check that DeepSpeed looks as the engines expect.
-
-    Raises:
-        RuntimeError: it does not; says what was looked for.
-    """
+    """Check that DeepSpeed has what the engines use; raise a RuntimeError that lists what is missing."""
     import deepspeed
 
     zero = engine.optimizer
@@ -118,16 +114,12 @@ def _check(engine: Any) -> None:
 class ZeroEngine(ABC):
     """What the engines of the ZeRO stages have in common.
 
-    DeepSpeed averages gradients over the processes, which `backward` makes up for, and clips inside its step, after
-    the projection: the norm that it clips by and logs is the projected gradient's.
+    DeepSpeed averages gradients over the processes, which `backward` compensates, and clips inside its step, after the
+    projection: the norm that it clips by and logs is the projected gradient's.
     """
 
     def __init__(self, model: torch.nn.Module, engine: Any) -> None:
-        """Look up the trainable parameters of a model and their partitions.
-
-        Args:
-            model: the bare model.
-            engine: the DeepSpeedEngine around it.
+        """Look up the trainable parameters of the bare model, and their partitions in the DeepSpeedEngine around it.
 
         Raises:
             ValueError: the model has no trainable parameter.
@@ -167,8 +159,8 @@ class ZeroEngine(ABC):
             engine.set_gradient_accumulation_boundary(boundary)
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        # At the boundary DeepSpeed copies what that backward pass reached to the host, and nothing else: with offload
-        # `complete` has it copy what any has reached.
+        # At the boundary DeepSpeed copies to the host only the gradients of that backward pass: with offload, `complete`
+        # lets it copy those of all.
         self._engine.set_gradient_accumulation_boundary(last and not self._finalizes)
         # DeepSpeed multiplies by its own loss scale, and by 1 / gradient_accumulation_steps unless told not to.
         self._engine.backward(loss * (scale * self.processes.size / self.loss_scale), scale_wrt_gas=False)
@@ -190,7 +182,7 @@ class ZeroEngine(ABC):
 
     @abstractmethod
     def _offloads(self) -> bool:
-        """Tell whether the complete gradients are in host memory."""
+        """Return whether the complete gradients are in host memory."""
 
     @abstractmethod
     def _find_places(self) -> list[Place | None]:
@@ -211,7 +203,7 @@ class ZeroEngine(ABC):
     def gradients(self) -> list[torch.Tensor | None]:
         self._wait()
         if self._offload:
-            # The buffers keep what they were last given; DeepSpeed notes the norms of what this step has reached.
+            # The buffers keep gradients of earlier steps; DeepSpeed keeps the norms of those that this step has made.
             reached = self._zero.norm_for_param_grads
             return [
                 piece if self._zero.get_param_id(param) in reached else None
@@ -225,7 +217,7 @@ class ZeroEngine(ABC):
         ]
 
     def _offloaded(self) -> list[torch.Tensor | None]:
-        """Return this process's pieces of the gradients in host memory, whatever is in them."""
+        """Return this process's pieces of the gradients in host memory, also those of earlier steps."""
         buffers = self._buffers()
         return [None if at is None else buffers[at.group].narrow(0, at.start, at.size) for at in self._places]
 
@@ -257,7 +249,7 @@ class ZeroEngine(ABC):
         return {}
 
     def fill(self) -> None:
-        # On the device the partitions hold something for every parameter, which is what DeepSpeed steps by.
+        # On the device the partitions hold a gradient for every parameter.
         if self._offload:
             norms = self._zero.norm_for_param_grads
             for param, piece in zip(self.parameters, self._offloaded(), strict=True):

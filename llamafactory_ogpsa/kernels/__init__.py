@@ -1,17 +1,15 @@
-"""The tensor work of gradient projection: two passes over a gradient and its basis.
+"""The tensor work of gradient projection: two passes over a gradient and its basis, and a policy between them.
 
 For a gradient ``g`` and a basis ``B`` with ``rank`` rows, the work is
 
-1. ``c = B g`` and ``‖g‖²`` in one read of ``g`` and ``B``;
-2. ``g ← s·(g + Bᵀ Δ)`` in one more read of both and one write of ``g``,
+1. ``p = B g`` and ``‖g‖²`` in one read of ``g`` and ``B``;
+2. ``g ← s·(g + Bᵀ δ)`` in one more read of both and one write of ``g``,
 
-where ``Δ`` is a few numbers chosen from ``c`` and ``s`` is the clipping factor. :func:`make_plan` prepares both for a
-whole model, with Triton or with plain torch; the two give the same results to rounding.
+where ``δ`` is a few numbers that a policy chooses from ``p`` and ``s`` is the clipping factor. :func:`make_plan` prepares
+both for a whole model, with Triton or with plain torch; the two give the same results to rounding.
 
-A single launch that reads tensors small enough for one program once for both passes was considered and left out:
-clipping, and leaving every gradient as it is when any value is not finite, need a sum over the whole model before the
-first write. Such a launch would have to be followed by another read and write of the gradient, which at rank 2 makes
-6 units of bytes (a unit being the gradient's size) against the two passes' 7, and a second set of kernels.
+A launch that reads small tensors once for both passes was left out: clipping, and leaving every gradient as it is when
+any value is not finite, need a sum over the whole model before the first write.
 """
 
 from .factory import MAX_RANK, make_plan, triton_obstacle

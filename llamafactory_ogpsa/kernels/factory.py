@@ -1,4 +1,4 @@
-"""Choosing the implementation."""
+"""The choice between Triton and torch, and the plan of a basis."""
 
 import functools
 import importlib.util
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .basis import ResidentBasis
+from .basis import ResidentBasis, StreamedBasis
 from .plan import Plan
-from .streaming import StreamedBasis
 from .torch_plan import TorchPlan
 
 
@@ -34,18 +33,15 @@ def make_plan(
     Args:
         basis: one contiguous tensor ``[rank, numel_i]`` per parameter tensor, float32 or bfloat16, all of the same
             rank, 1 to 32, and on the same device; ``numel_i`` may be zero.
-        groups: the group of each tensor, whose coefficients are added: ``0, 1, 2, ...`` for a basis per tensor, all
-            zero for one basis over all tensors together; any other mapping will do.
+        groups: the group of each tensor, over which products are summed: ``0, 1, 2, ...`` for a basis per tensor, all
+            zero for one basis over all tensors together, or any other mapping.
         num_groups: number of groups; a group may have no tensors.
         kernel: ``triton``, ``torch``, or ``auto`` for Triton where it can run.
         device: the gradients' device; None for the basis's. With the basis on the CPU, in pinned memory, and the
             gradients elsewhere, each pass streams the basis through two buffers on the device.
 
-    Returns:
-        The plan.
-
     Raises:
-        ValueError: the arguments contradict the above, or ``triton`` cannot run here.
+        ValueError: the arguments are not as above, or ``triton`` cannot run here.
     """
     _check(basis, groups, num_groups)
     device = basis[0].device if device is None else torch.empty(0, device=device).device
@@ -98,7 +94,7 @@ def use_triton(kernel: str, device: torch.device) -> bool:
     if kernel == "torch":
         return False
 
-    # Interpreted kernels are for tests: nobody gets them without asking.
+    # Interpreted kernels are for tests: `auto` does not choose them.
     obstacle = triton_obstacle(device.type, interpret=kernel == "triton")
     if kernel == "triton" and obstacle:
         raise ValueError(f"kernel triton cannot run here: {obstacle}.")
@@ -134,10 +130,10 @@ def _driver_obstacle() -> str | None:
         from .triton_kernels import INTERPRETED
 
         if INTERPRETED:
-            # It would follow addresses of the accelerator's memory on the host.
+            # They would read the accelerator's addresses as the host's.
             return "TRITON_INTERPRET is set, and interpreted kernels cannot read an accelerator's memory"
 
-        # Builds the driver's part, for which Triton needs a C compiler and Python's headers.
+        # Builds the driver's code, for which Triton needs a C compiler and Python's headers.
         driver.active.get_current_device()
     except Exception as err:
         return f"Triton does not work here ({type(err).__name__}: {err})"

@@ -10,8 +10,8 @@ from .basis import ResidentBasis
 
 Gradients = Sequence[torch.Tensor | None]
 
-# Squares of smaller numbers vanish in float32: where the squared norm of a group is below it, c counts as zero, so that
-# nothing is removed that the figures could not show.
+# Squares of smaller numbers vanish in float32: where the squared norm of a group is below it, its products count as
+# zero, so that nothing is removed that the figures could not show.
 TINY_SQUARE = 2.0**-100
 
 GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,11 +44,13 @@ class Plan(ABC):
     def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure the gradient along the basis, in one read of both.
 
-        ``c[k] = Σ B_i g_i`` and ``sq[k] = Σ ‖g_i‖²`` over the tensors ``i`` of group ``k``.
+        ``p_k = Σ B_i g_i`` and ``‖g‖²_k = Σ ‖g_i‖²`` over the tensors ``i`` of group ``k``. The products ``p`` are with
+        the basis as stored, whose rows are orthonormal to the rounding of its dtype.
 
         Returns:
-            c, float32 ``[num_groups, rank]``, and sq, float32 ``[num_groups]``, both on the plan's device. A group
-            without gradients has zeros, and c is zero where sq is below ``TINY_SQUARE``.
+            The products, float32 ``[num_groups, rank]``, and the squared norms, float32 ``[num_groups]``, both on the
+            plan's device. A group without gradients has zeros, and ``p_k`` is zero where ``‖g‖²_k`` is below
+            ``TINY_SQUARE``.
 
         Raises:
             ValueError: the gradients' number, sizes or device differ from the plan's.
@@ -57,9 +59,9 @@ class Plan(ABC):
 
     @abstractmethod
     def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Change the gradients in place: ``g_i ← s·(g_i + B_iᵀ Δ_k)``, computed in float32 and rounded at the write.
+        """Change the gradients in place: ``g_i ← s·(g_i + B_iᵀ δ_k)``, computed in float32 and rounded at the write.
 
-        Where ``Δ_k`` is zero and ``s`` is one or absent, non-finite values are left as they are too.
+        Where ``δ_k`` is zero and ``s`` is one or absent, non-finite values are left as they are too.
 
         Args:
             gradients: the gradients to change.
@@ -67,39 +69,32 @@ class Plan(ABC):
             scale: float32 tensor without dimensions on the plan's device, or None for one.
 
         Raises:
-            ValueError: the gradients' number, sizes or device differ from the plan's, or delta's shape does.
-            TypeError: a gradient's dtype is none of float32, bfloat16 and float16.
+            ValueError, TypeError: see :meth:`coefficients`; also another shape of delta.
         """
 
     @abstractmethod
     def orthogonal_(
         self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Remove from each group's gradient what lies in the span of its basis, and clip, in place.
+        """Measure, remove what lies in the span of the basis, and clip, in one call and in place.
 
-        With ``A_k`` the inverse Gram matrix of group ``k``'s basis, this is the orthogonal projection of arXiv
-        2602.07892, ``Δ_k = -A_k c_k``; what is left has the squared norm ``max(sq_k - c_kᵀ A_k c_k, 0)``, whose sum
-        over the groups is ``norm²``; for a parameter without gradient this counts what a gradient of zeros would have
-        become. The clipping factor is the one of ``torch.nn.utils.clip_grad_norm_``, ``s =
-        min(1, max_norm / (norm + 1e-6))``, and ``g_i ← s·(g_i + B_iᵀ Δ_k)``.
-
-        When the sum of ``sq``, in float32, is not finite, nothing is removed and ``s`` follows from that sum's root,
-        as without projection; without max_norm the gradients are then left as they are (torch on an accelerator adds
-        zeros to them, which turns -0 into 0 and may give a NaN other bits).
+        The same as :meth:`coefficients`, ``policy.orthogonal_step`` and :meth:`apply_`, to the rounding between them.
+        When the gradient is not finite, nothing is removed and ``s`` follows from its norm, as without projection;
+        without max_norm it is then left as it is (torch on an accelerator adds zeros to it, which turns -0 into 0 and
+        may give a NaN other bits). A parameter without gradient counts in the norm as a gradient of zeros would.
 
         Args:
             gradients: the gradients to change.
-            inverse_gram: float32 ``[num_groups, rank, rank]`` on the plan's device; close to the identity for a basis
-                rounded to bfloat16, with rows and columns of zeros for directions that a group lacks.
+            inverse_gram: float32 ``[num_groups, rank, rank]`` on the plan's device; close to the identity, with rows
+                and columns of zeros for directions that a group lacks.
             max_norm: the largest norm to leave, or None not to clip.
 
         Returns:
-            The gradients' c and sq before the change, as from :meth:`coefficients`, and the norm after it, before
-            clipping, float32 without dimensions: finite exactly where the sum of ``sq`` is.
+            The products and squared norms before the change, as from :meth:`coefficients`, and the norm after it,
+            before clipping, float32 without dimensions: finite exactly where the sum of the squared norms is.
 
         Raises:
-            ValueError: the gradients' number, sizes or device differ from the plan's, or inverse_gram's shape does.
-            TypeError: a gradient's dtype is none of float32, bfloat16 and float16.
+            ValueError, TypeError: see :meth:`coefficients`; also another shape of inverse_gram.
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The two passes of scope `inputs`, over one matrix at a time: what its rows have in the span of a basis, and its removal.
+"""The two passes of scope `inputs`, over one matrix at a time.
 
 For a gradient ``G [rows, in]`` and a basis ``V [k, in]`` with orthonormal rows, ``C = G Vᵀ`` and ``G ← s (G − C V)``.
 """
@@ -81,11 +81,7 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
-    """Choose the implementation.
-
-    Args:
-        kernel: ``triton``, ``torch``, or ``auto`` for Triton where it can run.
-        device: the gradients'.
+    """Choose the implementation for gradients on a device, as :func:`make_plan` does.
 
     Raises:
         ValueError: an unknown kernel, or ``triton`` where it cannot run.

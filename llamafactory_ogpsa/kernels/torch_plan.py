@@ -1,4 +1,4 @@
-"""The two passes in plain torch: the reference, and what a CPU runs at every step."""
+"""The two passes in plain torch: the reference implementation, and the one of CPUs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from .plan import TINY_SQUARE, Gradients, Plan
 from .policy import orthogonal_step
 
 
-# Elements of the float32 work table. On a CPU it stays in the cache, so that memory is read once; elsewhere it is
-# large enough for launches not to matter.
+# Elements of the float32 work table. On a CPU it fits the cache, so that memory is read once; elsewhere it is so large
+# that the time of launches does not matter.
 WORK_NUMEL = {"cpu": 1 << 18}
 WORK_NUMEL_ELSEWHERE = 1 << 24
 
@@ -116,7 +116,7 @@ class TorchPlan(Plan):
         flat = _flatten(dense)
         untouched = [False] * self.num_groups
         if self.device.type == "cpu":
-            # Elsewhere the question would make the host wait.
+            # On other devices reading these values would make the host wait.
             scale = None if scale is not None and scale.item() == 1.0 else scale
             untouched = (delta == 0.0).all(-1).tolist() if scale is None else untouched
 

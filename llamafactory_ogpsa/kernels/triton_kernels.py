@@ -69,9 +69,9 @@ def _store_kind(values, address, first, lanes, left, KIND: tl.constexpr):
 
 @triton.jit
 def _locate(address, first, lanes, left, KIND: tl.constexpr):
-    # Rounding down changes nothing for this kind, and shows the compiler that wide accesses are right. A bare hint
-    # (tl.multiple_of) would hold for the value everywhere, in the other kinds' branches too; on the pointer, which is
-    # this branch's own, one is needed because the compiler forgets what it knew of the address.
+    # Rounding down changes nothing for this kind, and lets the compiler use wide accesses. A hint (tl.multiple_of) on the
+    # address would hold in the other kinds' branches too; the pointer, which only this branch has, needs one because the
+    # compiler loses the alignment in the cast.
     if KIND % 2 == 0:
         address = address // 16 * 16
         left = left // 8 * 8
@@ -148,8 +148,8 @@ def reduce_kernel(
     partials,
     group_tiles,
     inverse_gram,
-    c_out,
-    sq_out,
+    products_out,
+    squared_norms_out,
     delta_out,
     norms,
     num_tiles,
@@ -159,11 +159,11 @@ def reduce_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its Δ.
+    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its δ by the policy ``orthogonal``.
 
-    Writes ``c_out`` float32 ``[num_groups, RANK]`` and ``sq_out`` float32 ``[num_groups]``; with SOLVE also
-    ``delta_out`` float32 ``[num_groups, RANK]``, ``-A c``, and ``norms`` float64 ``[2, num_groups]``, the squared norm
-    before and after the projection.
+    Writes ``products_out`` float32 ``[num_groups, RANK]`` and ``squared_norms_out`` float32 ``[num_groups]``; with SOLVE
+    also ``delta_out`` float32 ``[num_groups, RANK]``, ``-A p``, and ``norms`` float64 ``[2, num_groups]``, the squared
+    norm before and after the projection. In torch this is ``policy.orthogonal_step``.
     """
     group = tl.program_id(0).to(tl.int64)
     begin = tl.load(group_tiles + group)
@@ -180,18 +180,18 @@ def reduce_kernel(
         squares += tl.load(table + RANK * num_tiles.to(tl.int64), at < end, other=0.0).to(tl.float64)
         begin += BLOCK
         at += BLOCK
-    sq = tl.sum(squares, 0)
-    c = tl.where(sq < _TINY, 0.0, tl.sum(dots, 1))
-    tl.store(c_out + group * RANK + rows, c.to(tl.float32), rows < RANK)
-    tl.store(sq_out + group, sq.to(tl.float32))
+    squared_norm = tl.sum(squares, 0)
+    products = tl.where(squared_norm < _TINY, 0.0, tl.sum(dots, 1))
+    tl.store(products_out + group * RANK + rows, products.to(tl.float32), rows < RANK)
+    tl.store(squared_norms_out + group, squared_norm.to(tl.float32))
     if SOLVE:
         entries = group * RANK * RANK + rows[:, None] * RANK + rows[None, :]
         inside = (rows < RANK)[:, None] & (rows < RANK)[None, :]
         a = tl.load(inverse_gram + entries, inside, other=0.0).to(tl.float64)
-        removed = tl.sum(a * c[None, :], 1)
+        removed = tl.sum(a * products[None, :], 1)
         tl.store(delta_out + group * RANK + rows, (-removed).to(tl.float32), rows < RANK)
-        kept = sq - tl.sum(c * removed, 0)
-        tl.store(norms + group, sq)
+        kept = squared_norm - tl.sum(products * removed, 0)
+        tl.store(norms + group, squared_norm)
         tl.store(norms + num_groups + group, tl.where(kept < 0.0, 0.0, kept))
 
 
@@ -215,7 +215,7 @@ def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
     max_norm = tl.full([], max_norm, tl.float32)
     norm = tl.sqrt(tl.where(finite, kept, total.to(tl.float64)))
     factor = max_norm / (norm + 1e-6)
-    # A factor that is not a number stays, as in torch.
+    # NaN stays NaN, as in torch.
     factor = tl.where((max_norm < 0.0) | (factor > 1.0), 1.0, factor)
     return factor.to(tl.float32), finite, norm.to(tl.float32)
 
@@ -244,7 +244,7 @@ def apply_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``s·(g + Bᵀ Δ)`` to the tiles from ``first`` to before ``last``.
+    """Write ``s·(g + Bᵀ δ)`` to the tiles from ``first`` to before ``last``.
 
     With DECIDE every program works s out, from the same table in the same order, and the first one writes the norm of
     what is left to ``norm_out``, float32; else they read ``scale``.
@@ -267,7 +267,7 @@ def apply_kernel(
         d = tl.load(delta + group * RANK + all_rows, all_rows < RANK, other=0.0)
         if DECIDE:
             d = tl.where(finite, d, 0.0)
-        # Not touching what does not change leaves it bit for bit as it is, whatever its values.
+        # Without a write, values that do not change keep their bits, also NaN.
         changes = (gradient != 0) & ((s != 1.0) | (tl.max((d != 0.0).to(tl.int32), 0) > 0))
         size = tl.where(changes, tl.minimum(length - start, TILE), 0).to(tl.int32)
         i = tl.full([], 0, tl.int32)
@@ -286,5 +286,5 @@ def apply_kernel(
         tile -= tl.num_programs(0)
 
 
-# With TRITON_INTERPRET=1 in the environment the decorator made something else, which takes tensors on the CPU.
+# With TRITON_INTERPRET=1 in the environment the decorator returns another type, which takes tensors on the CPU.
 INTERPRETED = not isinstance(apply_kernel, triton.JITFunction)

@@ -1,4 +1,4 @@
-"""The two passes in Triton: three launches whatever the number of tensors."""
+"""The two passes in Triton: three launches for any number of tensors."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -69,7 +69,7 @@ class TritonPlan(Plan):
         dtypes = _integers([DTYPES.index(piece.basis.dtype) for piece in pieces])
         kinds = _kinds(addresses, dtypes, lengths)
 
-        # On the host: what the gradients' table is made from at every change of their addresses.
+        # On the host: from these the gradients' table is made when their addresses change.
         self._piece_tensor = _integers([piece.tensor for piece in pieces])
         self._piece_start = _integers([piece.start for piece in pieces])
         self._piece_length = lengths
@@ -77,7 +77,7 @@ class TritonPlan(Plan):
         self._gradients = None
         self._gradient_kinds = 0
 
-        # On the device: tables that stay, and what the kernels hand each other.
+        # On the device: constant tables, and what one kernel writes for the next.
         self._num_tiles = int(first_tile[-1])
         self._spans = {b: (int(first_tile[b.start]), int(first_tile[b.stop])) for b in source.buckets}
         self._pieces = torch.stack([addresses, kinds, lengths, groups, first_tile[:-1]]).to(self.device)
@@ -135,8 +135,8 @@ class TritonPlan(Plan):
             for bucket in self._source.load():
                 self._sum(_launch, *self._spans[bucket])
 
-            c, sq = self._reduce(_launch, inverse_gram.contiguous())
-            # Without tiles there is no program to write it.
+            products, squared_norms = self._reduce(_launch, inverse_gram.contiguous())
+            # Without tiles no program writes it.
             norm = (torch.empty_like if self._num_tiles else torch.zeros_like)(self._one)
             for bucket in self._source.load():
                 self._apply(_launch, *self._spans[bucket], self._delta, norm=norm, max_norm=max_norm)
@@ -144,12 +144,12 @@ class TritonPlan(Plan):
         for gradient, copy in copied:
             gradient.copy_(copy)
 
-        return c, sq, norm
+        return products, squared_norms, norm
 
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
         indices = _integers([DTYPES.index(dtype) for dtype in dtypes])[self._piece_tensor]
         aligned = torch.zeros_like(indices)
-        # The table only lends its type: nothing is launched.
+        # Only the type of this table matters: nothing is launched.
         self._gradients = self._pieces
         self._gradient_kinds = _kind_set(_kinds(aligned, indices, self._piece_length))
         self._signature = None
@@ -169,7 +169,7 @@ class TritonPlan(Plan):
         Returns:
             A pair (gradient, its contiguous copy, which the table names instead) for each that is not contiguous.
         """
-        # This runs in every step for every tensor, and what follows only after a change.
+        # This part runs in every step for every tensor, the rest only after a change.
         signature = (
             [0 if g is None else g.data_ptr() if g.is_contiguous() else None for g in gradients],
             [None if g is None else g.dtype for g in gradients],
@@ -207,16 +207,16 @@ class TritonPlan(Plan):
         )
 
     def _reduce(self, start: Start, inverse_gram: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        c = torch.empty_like(self._delta)
-        sq = self._delta.new_empty(self.num_groups)
+        products = torch.empty_like(self._delta)
+        squared_norms = self._delta.new_empty(self.num_groups)
         start(
             reduce_kernel,
             self.num_groups,
             self._partials,
             self._group_tiles,
             self._one if inverse_gram is None else inverse_gram,
-            c,
-            sq,
+            products,
+            squared_norms,
             self._delta,
             self._norms,
             self._num_tiles,
@@ -224,7 +224,7 @@ class TritonPlan(Plan):
             SOLVE=inverse_gram is not None,
             **self._reduce_options,
         )
-        return c, sq
+        return products, squared_norms
 
     def _apply(
         self,
@@ -271,7 +271,7 @@ def _launch(kernel: triton.KernelInterface, programs: int, *arguments, **options
 
 def _compile(kernel: triton.KernelInterface, programs: int, *arguments, **options) -> None:
     compiled = kernel.run(*arguments, grid=(1,), warmup=True, **options)
-    # Only asked for what a launch calls does Triton build the launcher and load the code. The interpreter has neither.
+    # Reading `run` makes Triton build the launcher and load the code. The interpreter has no such attribute.
     getattr(compiled, "run", None)
 
 

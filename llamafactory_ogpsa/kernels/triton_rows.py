@@ -78,7 +78,7 @@ def rows_apply_kernel(
     inside = row < rows
     at_coefficients = row.to(tl.int64)[:, None] * K + direction[None, :]
     c = tl.load(coefficients + at_coefficients, inside[:, None] & (direction < K)[None, :], other=0.0)
-    # Not touching what does not change leaves it bit for bit as it is, whatever its values.
+    # Without a write, values that do not change keep their bits, also NaN.
     changes = (s != 1.0) | (tl.max(tl.max((c != 0.0).to(tl.int32), 1), 0) > 0)
     start = tl.where(changes, 0, columns)
     while start < columns:

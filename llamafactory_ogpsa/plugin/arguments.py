@@ -24,7 +24,7 @@ OgpsaArguments = make_dataclass("OgpsaArguments", [(name, *_argument(option)) fo
 
 
 def refuse_backends(arguments: Any) -> None:
-    """Refuse by name what OGPSA cannot work with, as far as the finetuning arguments tell.
+    """Refuse by name what the finetuning arguments ask for and OGPSA does not support.
 
     Raises:
         ValueError: names the option, its value, and what is allowed.
@@ -50,12 +50,9 @@ def split_prefix(value: Any) -> tuple[Any, bool]:
 def extend(stock: type) -> type:
     """Extend LLaMA-Factory's FinetuningArguments by the `ogpsa_*` options, stages and finetuning types.
 
-    Args:
-        stock: its dataclass.
-
     Returns:
-        a subclass of the same name. An instance has stock values in `stage` and `finetuning_type`, whatever was
-        given, and tells by `ogpsa_enabled` whether the run asks for OGPSA.
+        a subclass of the same name. Its instances have stock values in `stage` and `finetuning_type`, whatever was
+        given; `ogpsa_enabled` is True where the run asks for OGPSA.
 
     Raises:
         TypeError: the class does not have the fields that are extended.
@@ -104,11 +101,11 @@ def extend(stock: type) -> type:
             super().__post_init__()
 
         def to_dict(self) -> dict[str, Any]:
-            # A tracker gets from a stock run what it got without the plugin.
+            # Trackers must get from a stock run what they get without the plugin.
             arguments = super().to_dict()
             return arguments if self.ogpsa_enabled else {k: v for k, v in arguments.items() if k not in OPTIONS}
 
-    # Under the name by which pickle looks it up.
+    # pickle looks the class up under this name.
     globals()[stock.__name__] = FinetuningArguments
     FinetuningArguments.__qualname__ = stock.__name__
     FinetuningArguments.__doc__ = stock.__doc__

@@ -1,6 +1,6 @@
 """Backends and trainers of LLaMA-Factory that OGPSA does not support: refused by name where a run asks for OGPSA.
 
-The checks read what the user gave, before LLaMA-Factory parses it: what it parses depends on the backend.
+The checks read what the user gave before LLaMA-Factory parses it, because its parser depends on the backend.
 """
 
 import os
@@ -9,6 +9,7 @@ from itertools import zip_longest
 from typing import Any
 
 from .arguments import FINETUNING_TYPES, PREFIX, STAGES
+from .optimizers import refuse_optim
 
 
 # The environment variables by which LLaMA-Factory takes another backend, and what the backend is called.
@@ -40,7 +41,7 @@ def given_options(arguments: dict[str, Any] | list[str]) -> Iterator[tuple[str, 
 
 
 def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
-    """Return what of the given options asks for OGPSA, as the user wrote it: `ogpsa_rank`, `stage: ogpsa_sft`."""
+    """Return the given options that ask for OGPSA, as the user wrote them: `ogpsa_rank`, `stage: ogpsa_sft`."""
     asking = []
     for name, value in given_options(arguments):
         if value is None:
@@ -53,10 +54,7 @@ def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
 
 
 def refuse_environment(arguments: dict[str, Any] | list[str]) -> None:
-    """Refuse the backends that environment variables choose, before they take the parsing over.
-
-    Args:
-        arguments: what the user gave; see `given_options`.
+    """Refuse the backends that environment variables choose; `arguments` as for `given_options`.
 
     Raises:
         ValueError: the arguments ask for OGPSA and such a variable is set.
@@ -71,11 +69,7 @@ def refuse_environment(arguments: dict[str, Any] | list[str]) -> None:
 
 
 def refuse_parser(name: str, arguments: dict[str, Any] | list[str]) -> None:
-    """Refuse an OGPSA run that LLaMA-Factory parses by a function that OGPSA does not know.
-
-    Args:
-        name: the function's name.
-        arguments: what the user gave; see `given_options`.
+    """Refuse an OGPSA run that LLaMA-Factory's function `name` parses, which OGPSA does not know.
 
     Raises:
         ValueError: the arguments ask for OGPSA.
@@ -89,17 +83,11 @@ def refuse_parser(name: str, arguments: dict[str, Any] | list[str]) -> None:
 
 
 def refuse_trainers(model_args: Any, training_args: Any) -> None:
-    """Refuse by name what the model and training arguments ask for and OGPSA cannot work with.
+    """Refuse by name what the model and training arguments ask for and OGPSA does not support.
 
     Raises:
         ValueError: names the option, its value, and what is allowed.
     """
     if getattr(model_args, "use_kt", False):
         raise ValueError("`use_kt` is True: OGPSA does not support the KTransformers backend; allowed: False.")
-
-    optim = str(getattr(training_args.optim, "value", training_args.optim))
-    if "lomo" in optim or "layerwise" in optim:
-        raise ValueError(
-            f"`optim` is {optim!r}, which steps inside the backward pass, where OGPSA has no "
-            "gradient to project; allowed: any other optimizer."
-        )
+    refuse_optim(str(getattr(training_args.optim, "value", training_args.optim)))

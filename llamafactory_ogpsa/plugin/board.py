@@ -1,8 +1,8 @@
 """The seam `llamafactory.webui.interface`: OGPSA's stages and options in LlamaBoard.
 
-LlamaBoard is built by its own functions. While they build it, the Train tab gets one more accordion. Its elements count
-as inputs of everything that reads or restores the options; `board_runner` makes a command of them. If anything is not
-as expected, LlamaBoard is built again without OGPSA, and the terminal says so.
+While LlamaBoard's own functions build it, the Train tab gets one more accordion. Its elements are inputs of everything
+that reads or restores the options; `board_runner` makes a command of them. If anything is not as expected, LlamaBoard is
+built again without OGPSA, and an error is printed.
 """
 
 import functools
@@ -45,10 +45,7 @@ _ELEMENTS = {
 
 
 def patch(module: ModuleType) -> None:
-    """Wrap the function that builds LlamaBoard.
-
-    Args:
-        module: the executed `llamafactory.webui.interface`.
+    """Wrap the function of the executed module that builds LlamaBoard.
 
     Raises:
         AttributeError, TypeError, ValueError: the web UI does not look as expected; it is left as it was.
@@ -73,7 +70,7 @@ def patch(module: ModuleType) -> None:
 
 
 def check_layout(module: ModuleType) -> None:
-    """Check that LlamaBoard looks as the plugin expects, as far as it shows before it is built.
+    """Check what can be checked of LlamaBoard before it is built.
 
     Raises:
         AttributeError, TypeError, ValueError: it does not; says what was looked for.
@@ -98,7 +95,7 @@ def add_entries() -> None:
 
 
 def remove_entries() -> None:
-    """Undo `add_entries`, as far as it came."""
+    """Undo `add_entries`, also where it failed halfway."""
     for label in [label for label in TRAINING_STAGES if is_ogpsa(label)]:
         del TRAINING_STAGES[label]
     STAGES_USE_PAIR_DATA.difference_update(PREFIX + stage for stage in STAGES)
@@ -114,8 +111,9 @@ def ogpsa_names(module: ModuleType) -> Iterator[None]:
 
     @functools.wraps(change_stage)
     def change_stage_with_ogpsa(training_stage):
-        # LlamaBoard empties the dataset list whenever the stage changes, also when it has just loaded both from a
-        # file. No default stage is OGPSA's, so every load would; there `change_defaults` does it when the user does.
+        # LlamaBoard empties the dataset list whenever the stage changes, also after loading both from a file. OGPSA's
+        # stages are never the default, so loading one always changes the stage. For changes by the user,
+        # `change_defaults` empties the list.
         return (gr.update(), gr.update()) if is_ogpsa(training_stage) else change_stage(training_stage)
 
     module.create_train_tab = functools.partial(create_train_tab_with_ogpsa, create_train_tab)
@@ -129,14 +127,7 @@ def ogpsa_names(module: ModuleType) -> Iterator[None]:
 def create_train_tab_with_ogpsa(
     create_train_tab: Callable[["Engine"], dict[str, "Component"]], engine: "Engine"
 ) -> dict[str, "Component"]:
-    """Create LlamaBoard's Train tab with OGPSA's accordion in it.
-
-    Args:
-        create_train_tab: LlamaBoard's own function.
-        engine: the engine of this LlamaBoard.
-
-    Returns:
-        the elements of the tab, OGPSA's included.
+    """Create LlamaBoard's Train tab by its own function, with OGPSA's accordion in it; return all elements.
 
     Raises:
         RuntimeError: the tab does not look as expected.
@@ -146,7 +137,7 @@ def create_train_tab_with_ogpsa(
     base_elems = manager.get_base_elems()
     base_elems.update(elem for name, elem in tab.items() if name != "ogpsa_tab")
     asked = []
-    # What the tab takes for its base elements is read by preview, start and save, and written by load and reload.
+    # Preview, start and save read the base elements; load and reload write them.
     manager.get_base_elems = lambda: asked.append(True) or set(base_elems)
     hook_runner(engine.runner)
     try:

@@ -1,4 +1,4 @@
-"""What LlamaBoard shows of a run that goes on or has ended: the plot beside the log, and that a refresh is running."""
+"""LlamaBoard's view of a run: the plot beside the log, and in the progress bar a refresh that is running."""
 
 import os
 import re
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# What the callback logs when a refresh begins; its row in the log is written when it has ended.
+# Logged when a refresh begins; its row is written to ogpsa_log.jsonl when it has ended.
 _REFRESH_BEGINS = re.compile(r"OGPSA refresh at step (\d+)")
 
 
 def read_rows(output_path: str, name: str) -> list[dict[str, Any]]:
-    """Read a log of a run. One that cannot be read counts as empty: no picture is worth losing the run from sight."""
+    """Read a log of a run; one that cannot be read counts as empty, so that LlamaBoard goes on following the run."""
     try:
         return read_log(os.path.join(output_path, name))
     except (OSError, ValueError) as err:
@@ -32,12 +32,7 @@ def read_rows(output_path: str, name: str) -> list[dict[str, Any]]:
 
 
 def find_refresh(running_log: str, output_path: str) -> int | None:
-    """Return the step of the refresh that is running; None where none is.
-
-    Args:
-        running_log: what the run has logged so far, or the end of it.
-        output_path: its output directory.
-    """
+    """Return the step of the refresh that is running; None where none is."""
     begun = _REFRESH_BEGINS.findall(running_log)
     if not begun:
         return None
@@ -48,7 +43,7 @@ def find_refresh(running_log: str, output_path: str) -> int | None:
 
 
 def show_refresh(running_log: str, output_path: str, lang: str) -> "gr.Slider | None":
-    """Say in LlamaBoard's progress bar that a refresh is running; None where none is."""
+    """Return LlamaBoard's progress bar with a label for the refresh that is running; None where none is."""
     step = find_refresh(running_log, output_path)
     if step is None:
         return None
@@ -67,21 +62,14 @@ def show_figure(output_path: str) -> "gr.Plot":
 
 
 def make_figure(output_path: str) -> "Figure | None":
-    """Draw LlamaBoard's plot of the loss and, below it, the share that was removed and the reference losses.
-
-    Args:
-        output_path: the output directory of a run; both of its logs may still be growing.
-
-    Returns:
-        the figure; None where there is no OGPSA log, or nothing in it.
-    """
+    """Draw LlamaBoard's plot of the loss and, below it, the panels of the OGPSA log; None where that log is empty."""
     rows = read_rows(output_path, LOG_NAME)
     if not rows:
         return None
 
     try:
         return draw_figure(rows, read_rows(output_path, TRAINER_LOG))
-    except Exception as err:  # LlamaBoard would lose sight of the run, and start no other
+    except Exception as err:  # LlamaBoard would stop following the run, and could not start another
         print(f"llamafactory-ogpsa: the plot cannot be drawn: {err}", file=sys.stderr)
         return None
 

@@ -1,4 +1,4 @@
-"""OGPSA in the runner of a LlamaBoard: it checks, starts, saves and follows OGPSA runs."""
+"""OGPSA in LlamaBoard's runner, which checks, starts, saves and follows runs."""
 
 import functools
 import inspect
@@ -36,7 +36,7 @@ def check_runner() -> None:
 
 
 def hook_runner(runner: Runner) -> None:
-    """Let a runner check, build, save and follow OGPSA runs; what it does for any other run stays as it is."""
+    """Wrap a runner's methods for OGPSA runs; other runs are handled as before."""
     initialize, parse_train_args = runner._initialize, runner._parse_train_args
     build_config_dict, monitor = runner._build_config_dict, runner.monitor
 
@@ -70,7 +70,7 @@ def hook_runner(runner: Runner) -> None:
         config = build_config_dict(data)
         if asks_for_ogpsa(data):
             return config
-        # A stock run's file stays one that LlamaBoard can load where the plugin is not installed.
+        # LlamaBoard without the plugin must be able to load the file of a stock run.
         return {name: value for name, value in config.items() if name not in {f"train.{key}" for key in LOCALES}}
 
     @functools.wraps(monitor)
@@ -92,7 +92,7 @@ def hook_runner(runner: Runner) -> None:
                 shown = {} if figure is None else {viewer: gr.Plot(figure)}
                 update = {**update, **shown, progress_bar: progress or update[progress_bar]}
             yield update
-        # LlamaBoard's last look at a run is up to two seconds before its end.
+        # LlamaBoard's last update is up to two seconds before the end of the run.
         yield {viewer: show_figure(output_path)}
 
     runner._initialize = initialize_with_ogpsa

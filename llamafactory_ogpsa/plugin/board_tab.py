@@ -1,4 +1,4 @@
-"""The accordion "OGPSA configurations" of LlamaBoard: its elements, what they react to, what is wrong with them."""
+"""LlamaBoard's accordion "OGPSA configurations": its elements, their events, and the checks before a run."""
 
 import json
 from types import SimpleNamespace
@@ -41,8 +41,8 @@ def make_element(option: Option) -> "Component":
     if option.type is list:
         return gr.Dropdown(multiselect=True, allow_custom_value=True, scale=2)
     if option.type is int:
-        # Not a slider: gradio refuses what is out of a slider's range itself, in English and without saying where.
-        # 0 stands for a default that is not a number.
+        # Not a slider, for which gradio has its own error, in English and without the element's name.
+        # 0 means a default that is not a number.
         return gr.Number(value=option.default or 0, precision=0)
     if option.type is bool:
         return gr.Checkbox(value=option.default)
@@ -50,11 +50,7 @@ def make_element(option: Option) -> "Component":
 
 
 def create_ogpsa_tab() -> dict[str, "Component"]:
-    """Create the accordion in the block that is open, one row for each group of options.
-
-    Returns:
-        the accordion as `ogpsa_tab`, and the element of each option under the option's name.
-    """
+    """Create the accordion (`ogpsa_tab`), one row for each group of options; the elements have the options' names."""
     elems = {}
     with gr.Accordion(open=False) as ogpsa_tab:
         for group in dict.fromkeys(option.group for option in PANEL.values()):
@@ -64,16 +60,10 @@ def create_ogpsa_tab() -> dict[str, "Component"]:
 
 
 def connect(elems: dict[str, "Component"], model_name: "Component", finetuning_type: "Component") -> None:
-    """Let the accordion, and the plot, follow the rest of the Train tab.
-
-    Args:
-        elems: the elements of the Train tab, OGPSA's included.
-        model_name: `top.model_name`.
-        finetuning_type: `top.finetuning_type`.
-    """
+    """Connect the accordion and the plot to the other elements of the Train tab."""
     stage = elems["training_stage"]
     stage.change(lambda name: gr.Accordion(open=is_ogpsa(name)), [stage], [elems["ogpsa_tab"]], queue=False)
-    # `input`, not `change`: what is loaded from a file must stay.
+    # `input`, not `change`: loading a file must not set defaults.
     stage.input(
         change_defaults,
         [stage],
@@ -132,18 +122,14 @@ def show_run(model_name: str | None, finetuning_type: str, output_dir: str | Non
 
 
 def options_of(panel: dict[str, Any]) -> dict[str, Any]:
-    """Return the OGPSA options of a training command.
-
-    Args:
-        panel: the values of the accordion's elements, by option.
-    """
+    """Return the OGPSA options of a training command from the values of the accordion's elements."""
     options = {}
     for name, value in panel.items():
         option = PANEL[name]
         if option.type is list:
             options[name] = ",".join(value or [])
         elif option.type is bool:
-            # In words and only where it is not the default: LlamaBoard leaves a False out of its commands.
+            # As text and only where it is not the default: LlamaBoard leaves False out of its commands.
             options |= {name: str(value).lower()} if value != option.default else {}
         elif value or option.default is not None:
             options[name] = value
@@ -151,15 +137,7 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_error(args: dict[str, Any], lang: str) -> str:
-    """Say in the chosen language what is wrong with an OGPSA run, as far as it shows before the start.
-
-    Args:
-        args: the training arguments that LlamaBoard has put together, OGPSA's included.
-        lang: the language.
-
-    Returns:
-        the message; empty where nothing is wrong.
-    """
+    """Return in the language `lang` what is wrong with the training arguments of an OGPSA run; empty if nothing is."""
     if not args["ogpsa_dataset"]:
         return alert("err_ogpsa_no_dataset", lang)
     for name, option in PANEL.items():
@@ -192,7 +170,7 @@ def read_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def find_wrong_set(options: Any, info: dict[str, Any], lang: str) -> str:
-    """Say in the chosen language which general sets are unknown or of the wrong kind; empty where none is."""
+    """Return in the language `lang` which general sets are unknown or of the wrong kind; empty if none is."""
     names, stage, loss = options.ogpsa_dataset, options.stage, options.ogpsa_loss
     unknown = [name for name in names if name not in info]
     if unknown:

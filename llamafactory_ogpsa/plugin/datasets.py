@@ -3,7 +3,7 @@
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple, TextIO
 
@@ -29,13 +29,13 @@ class LoadedSet(NamedTuple):
 
 logger = logging.getLogger("llamafactory.ogpsa")
 
-# A set that dataset_info.json is not at hand to describe is taken to be of the stage's kind.
+# Without a local dataset_info.json a set is taken to be of the stage's kind.
 _UNKNOWN = {"ranking": True, "columns": {"kto_tag": "kto_tag"}}
 
 # What `get_dataset` calls the data of each training stage.
 _DATA_STAGES = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm", "kto": "kto"}
 
-# How LLaMA-Factory and the datasets library say that there was nothing to go on with.
+# What is in the messages of LLaMA-Factory and the datasets library when a set has no record.
 _EMPTY = (
     "StopIteration",
     "Cannot find valid samples",
@@ -59,18 +59,17 @@ def reference_data_args(data_args: Any, name: str, num_samples: int, packing: bo
 
 
 def has_media_tokens(template: Any) -> bool:
-    """Return whether a template is that of a multimodal model, whose collator adds an image or sound to a text batch."""
+    """Return whether the template's collator adds an image or sound to a text batch, as for a multimodal model."""
     plugin = template.mm_plugin
     return plugin.image_token is not None or plugin.audio_token is not None
 
 
 def packs_reference_sets(stage: str, data_args: Any, model_args: Any, template: Any) -> bool:
-    """Decide whether reference samples are packed, as those that the run trains on are.
+    """Decide whether reference samples are packed, as the training samples are.
 
-    LLaMA-Factory packs in the stages pt and sft alone, whatever is given in the others. Neat packing keeps the samples
-    of a sequence apart, so that a loss is the same without it; and with it, LLaMA-Factory cannot collate a batch without
-    images for a multimodal model. There reference samples are packed for FlashAttention 2 only, where unpacked batches
-    cannot be collated.
+    LLaMA-Factory packs in the stages pt and sft only. Neat packing keeps the samples of a sequence apart, so that a loss
+    is the same without it; and with it, LLaMA-Factory cannot collate a batch without images for a multimodal model.
+    For such a model reference samples are packed with FlashAttention 2 only, which cannot collate unpacked batches.
     """
     if stage not in ("pt", "sft") or not data_args.packing:
         return False
@@ -83,11 +82,9 @@ def without_media(samples: Iterable[dict[str, Any]]) -> int:
 
 
 def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int:
-    """Return how many tokens of a tokenised sample the loss sees: labels are shifted by one, and may be all masked.
+    """Return how many tokens of a tokenised sample the loss counts: labels are shifted by one, and may be all masked.
 
-    Args:
-        sample: the sample; of a pair the chosen answer counts, of text without labels what is not padding.
-        pad_token_id: the padding's id.
+    Of a pair the chosen answer counts, of text without labels what is not padding.
     """
     for key in ("labels", "chosen_labels"):
         if key in sample:
@@ -115,22 +112,13 @@ def load_reference_sets(
 ) -> list[LoadedSet]:
     """Read and tokenise the reference sets of a run, once; the random state stays as it was.
 
-    Args:
-        get_dataset: LLaMA-Factory's function.
-        finetuning_args: the run's, with `ogpsa_dataset`, `ogpsa_num_samples` and `ogpsa_loss`.
-        template: as the workflow hands it to `get_dataset`, and so the following.
-        model_args: likewise.
-        data_args: likewise; copied and changed, see `reference_data_args`.
-        training_args: likewise.
-        stage: likewise; the reference loss decides how its own data are processed.
-        tokenizer: likewise.
-        processor: likewise.
+    From `template` on, the parameters are those that the workflow gives to LLaMA-Factory's `get_dataset`.
 
     Returns:
-        one set a dataset name.
+        one set for each name in `ogpsa_dataset`.
 
     Raises:
-        ValueError: a set has no usable sample after tokenising, or cannot be collated.
+        ValueError: a set cannot be read or collated, or has no, or for `ogpsa_rank` too few, usable samples.
     """
     info = known_datasets(data_args.dataset_dir) or {}
     num_samples = finetuning_args.ogpsa_num_samples
@@ -167,34 +155,38 @@ def load_reference_sets(
             )
         sets.append(LoadedSet(name, samples, loss))
 
-    # In scope `inputs` the rank counts directions of a matrix's input: samples are not split for it.
-    rank = None if finetuning_args.ogpsa_scope == "inputs" else finetuning_args.ogpsa_rank
-    needed = rank or len(sets)
-    for reference in sets:
-        parts = -(-needed // len(sets))
-        if len(reference.samples) < parts:
-            raise ValueError(
-                f"`ogpsa_rank` is {needed}, which splits {reference.name!r} into {parts} parts, but it has only "
-                f"{len(reference.samples)} usable samples; allowed: at most {len(reference.samples) * len(sets)}."
-            )
+    check_parts(finetuning_args.ogpsa_scope, finetuning_args.ogpsa_rank, {item.name: item.samples for item in sets})
     return sets
 
 
-def no_usable_sample(name: str, num_samples: int, arguments: Any, data_stage: str) -> ValueError:
-    """Return the error of a reference set that gives no sample, with the likely causes.
+def check_parts(scope: str, rank: int | None, samples: dict[str, Sized]) -> None:
+    """Check that every reference set, given by name, has a sample for each part that `ogpsa_rank` splits it into.
 
-    Args:
-        name: the set's name.
-        num_samples: how many of its records are read.
-        arguments: the data arguments that it is read with.
-        data_stage: how LLaMA-Factory processes it: `pt`, `sft`, `rm` or `kto`.
+    In scope `inputs` the rank counts directions of a matrix's input, and samples are not split for it.
+
+    Raises:
+        ValueError: a set has too few.
     """
+    if rank is None or scope == "inputs":
+        return
+
+    parts = -(-rank // len(samples))
+    for name, own in samples.items():
+        if len(own) < parts:
+            raise ValueError(
+                f"`ogpsa_rank` is {rank}, which splits {name!r} into {parts} parts, but it has only {len(own)} usable "
+                f"samples; allowed: at most {len(own) * len(samples)}."
+            )
+
+
+def no_usable_sample(name: str, num_samples: int, arguments: Any, data_stage: str) -> ValueError:
+    """Return the error of a reference set none of whose records gives a sample, with the likely causes."""
     if data_stage == "pt" and arguments.packing:
         return ValueError(
             f"`ogpsa_dataset` has {name!r}, whose first {num_samples} records do not fill one packed block of "
             f"cutoff_len {arguments.cutoff_len} tokens; allowed: a larger `ogpsa_num_samples` where the file has more "
-            "records, a smaller `cutoff_len`, or `packing: false`. Stage pt reads of each record the first message of "
-            "the prompt alone."
+            "records, a smaller `cutoff_len`, or `packing: false`. Stage pt reads only the first message of each "
+            "record's prompt."
         )
     columns = (
         "they have no text where `columns.prompt` in dataset_info.json looks for it, and stage pt reads nothing else"
@@ -209,14 +201,7 @@ def no_usable_sample(name: str, num_samples: int, arguments: Any, data_stage: st
 
 
 def warn_of_unseen_answers(name: str, model_args: Any, arguments: Any, training_args: Any) -> None:
-    """Warn where records of a set have more than stage pt learns: the first message of their prompt.
-
-    Args:
-        name: the set's name.
-        model_args: the run's, for the folder of cached datasets.
-        arguments: the data arguments that the set is read with.
-        training_args: the run's.
-    """
+    """Warn if records of a set have more than the first message of a prompt, which is all that stage pt learns."""
     from llamafactory.data import loader
 
     read_records = getattr(loader, "_get_merged_dataset", None)
@@ -228,7 +213,7 @@ def warn_of_unseen_answers(name: str, model_args: Any, arguments: Any, training_
     if unseen:
         logger.warning(
             f"{unseen} of the first {len(records)} records of {name!r} in `ogpsa_dataset` have answers or further "
-            "messages, which stage pt does not see: it learns the first message of the prompt alone (of plain records "
+            "messages, which stage pt does not see: it learns only the first message of the prompt (of plain records "
             "the columns `prompt` and `query`). For sets of instructions and answers use stage ogpsa_sft, or put the "
             "whole text into one column and name it as `prompt` in `columns` of dataset_info.json."
         )
@@ -240,10 +225,10 @@ def has_unseen_text(record: dict[str, Any]) -> bool:
 
 
 class ReferenceHeading:
-    """Standard output while a reference set is read: the example that LLaMA-Factory prints gets a heading of its own."""
+    """Standard output while a reference set is read: LLaMA-Factory's heading of the example names the set instead."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
-        """Write to `stream` in the place of stock's heading that the example is of the reference set `name`."""
+        """Write to `stream`, with `name` in the heading."""
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:

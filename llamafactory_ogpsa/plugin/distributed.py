@@ -6,7 +6,7 @@ from typing import Any
 from .optimizers import refuse_deepspeed_optimizer
 
 
-# DeepSpeed's settings under which gradients are elsewhere than the engines look, with the values that turn them off.
+# DeepSpeed's settings under which the engines would not find the gradients, with the values that turn them off.
 _UNSUPPORTED = {
     "compile.deepcompile": (False,),
     "expert_parallel.enabled": (False,),
@@ -73,7 +73,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
 
 
 def check_fsdp(training_args: Any) -> None:
-    """Check that FSDP, where it is asked for by LLaMA-Factory's options or by `accelerate launch`, is FSDP2.
+    """Check that FSDP, asked for by LLaMA-Factory's options or by `accelerate launch`, is FSDP2.
 
     Raises:
         ValueError: see `check_distributed`.
@@ -93,7 +93,7 @@ def check_fsdp(training_args: Any) -> None:
 
 
 def check_parallelism(config: Any) -> None:
-    """Check that no dimension of parallelism other than the data's is asked for.
+    """Check that only data parallelism is asked for.
 
     Raises:
         ValueError: see `check_distributed`.

@@ -1,10 +1,10 @@
 """Which optimizers OGPSA trains with.
 
 The rule: an optimizer is allowed if it takes one complete, accumulated gradient per tensor when it steps. What it then
-makes of the gradient (momentum, preconditioning, a low-rank or orthogonalised update, 8-bit state) is its own: the
-log's `update_cosine` measures it, nothing guarantees it. An optimizer is refused if there is no moment at which the
-complete gradient exists and has not been used yet: it steps inside the backward pass, trains a part of the parameters
-at a time, or makes its update from something other than the one reduced gradient.
+does with it (momentum, preconditioning, a low-rank or orthogonalised update, 8-bit state) is not guaranteed to keep the
+reference losses; the log's `update_cosine` measures it. An optimizer is refused if the complete gradient never exists
+unused: it steps inside the backward pass, trains a part of the parameters at a time, or makes its update from something
+other than the one reduced gradient.
 
 Allowed by the rule, so without an entry here: SGD, AdamW and its 8-bit, paged and fused forms, Adafactor, Lion,
 Adam-mini (`use_adam_mini`), Muon (`use_muon`), GaLore and APOLLO that are not layer-wise, LoRA+.
@@ -20,7 +20,7 @@ _FINETUNING = {
     "apollo_layerwise": "layer-wise APOLLO steps inside the backward pass",
 }
 
-# Optimizers of a DeepSpeed configuration, in lower case. The 1-bit ones exchange compressed momenta in the place of
+# Optimizers of a DeepSpeed configuration, in lower case. The 1-bit ones exchange compressed momenta instead of
 # gradients. Muon turns the gradient into its update at the end of the backward pass: in DeepSpeed 0.19.6 and 0.19.8 in
 # stages 1 and 2 without offload, in 0.19.6 also in stage 3. Elsewhere it does so inside the step, which the rule would
 # allow; it is refused there too, so that the answer does not change with the version.
@@ -39,18 +39,15 @@ def refuse_finetuning_optimizers(finetuning_args: Any) -> None:
 
 
 def refuse_optim(optim: str) -> None:
-    """Refuse the optimizers that the Trainer's `optim` chooses.
-
-    Args:
-        optim: the value, e.g. `adamw_torch`.
+    """Refuse the optimizers that the Trainer's `optim` (e.g. `adamw_torch`) chooses.
 
     Raises:
         ValueError: see `refuse_finetuning_optimizers`.
     """
     if "lomo" in optim or "layerwise" in optim:
         raise ValueError(
-            f"`optim` is {optim!r}, which steps inside the backward pass, where OGPSA has no "
-            "gradient to project; allowed: any other optimizer."
+            f"`optim` is {optim!r}, which steps inside the backward pass, where OGPSA has no gradient to project; "
+            "allowed: any other optimizer."
         )
 
 

@@ -1,7 +1,6 @@
 """The seam `llamafactory.hparams.parser`: OGPSA's options are parsed with LLaMA-Factory's own.
 
-The checks that need more than the finetuning arguments (which datasets exist, how many processes there are) are made
-here too, before any model is loaded.
+It also makes the checks that need more than the finetuning arguments, before any model is loaded.
 """
 
 import functools
@@ -13,18 +12,14 @@ from ..kernels import triton_obstacle
 from .arguments import extend
 from .backends import refuse_environment, refuse_parser, refuse_trainers
 from .distributed import check_distributed
-from .optimizers import refuse_optim
 from .reference_info import check_datasets
 
 
 def patch(module: Any) -> None:
-    """Let the parser of training arguments know OGPSA's options, and check what it returns.
+    """Add OGPSA's options to the parser of training arguments in the executed module, and check what it returns.
 
-    Only the list of the default backend, `_TRAIN_ARGS`, is extended. Any other stays as it is: a run without OGPSA is
-    parsed there as without the plugin, one with OGPSA is refused.
-
-    Args:
-        module: the executed `llamafactory.hparams.parser`.
+    Only the list of the default backend, `_TRAIN_ARGS`, is extended. Other backends parse a run without OGPSA as they do
+    without the plugin, and refuse one with OGPSA.
 
     Raises:
         AttributeError, TypeError, ValueError: the module does not look as expected; it is left as it was.
@@ -53,7 +48,7 @@ def patch(module: Any) -> None:
     def checked_parse_train_args(args=None):
         model_args, data_args, training_args, finetuning_args, *others = parse_train_args(args)
         if finetuning_args.ogpsa_enabled:
-            refuse_trainers(model_args, training_args)  # before LLaMA-Factory looks for what these need
+            refuse_trainers(model_args, training_args)  # before LLaMA-Factory checks what these options need
         return model_args, data_args, training_args, finetuning_args, *others
 
     for name in other_parsers(module):
@@ -69,7 +64,7 @@ def other_parsers(module: Any) -> list[str]:
 
 
 def refusing(parse: Callable[..., Any], read_args: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the parser of another backend, which then refuses a run that asks for OGPSA."""
+    """Wrap another backend's parser so that it refuses a run that asks for OGPSA."""
 
     @functools.wraps(parse)
     def checked_parse(args=None):
@@ -89,17 +84,13 @@ def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_ar
     """
     from .workflow import check_seam
 
-    refuse_optim(str(getattr(training_args.optim, "value", training_args.optim)))
     check_distributed(training_args)
     if not training_args.do_train:
         return
 
-    obstacle = (
-        triton_obstacle(training_args.device.type, interpret=True)
-        if finetuning_args.ogpsa_kernel == "triton"
-        else None
-    )
-    if obstacle:
-        raise ValueError(f"`ogpsa_kernel` is 'triton', but {obstacle}; allowed here: auto, torch.")
+    if finetuning_args.ogpsa_kernel == "triton":
+        obstacle = triton_obstacle(training_args.device.type, interpret=True)
+        if obstacle:
+            raise ValueError(f"`ogpsa_kernel` is 'triton', but {obstacle}; allowed here: auto, torch.")
     check_datasets(finetuning_args, data_args.dataset_dir)
     check_seam(finetuning_args.stage)

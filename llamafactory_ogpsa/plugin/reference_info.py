@@ -1,4 +1,4 @@
-"""What dataset_info.json says of the reference sets, checked before anything is read or tokenised."""
+"""Checks of the reference sets' entries in dataset_info.json, before anything is read or tokenised."""
 
 import json
 import os

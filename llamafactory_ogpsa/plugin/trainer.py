@@ -17,7 +17,7 @@ from .datasets import count_tokens
 
 
 def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: dict[str, Any]) -> type:
-    """Put OGPSA into a trainer class.
+    """Return a subclass of a stage's trainer, of the same name, that projects its gradients.
 
     The gradient is projected at the end of the micro-batch that completes it: after accumulation, before clipping,
     and for every `max_grad_norm` (0 makes the Trainer skip clipping, or not, depending on transformers).
@@ -26,11 +26,7 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
         trainer_class: the stage's stock class.
         stage: the training stage.
         finetuning_args: the run's.
-        loaded: what the workflow has loaded by the time it makes the trainer: `sets`, `template`, `tokenizer`,
-            `processor`.
-
-    Returns:
-        a subclass of the same name.
+        loaded: filled by the workflow before it makes the trainer: `sets`, `template`, `tokenizer`, `processor`.
     """
 
     class OgpsaTrainer(trainer_class):
@@ -42,20 +38,17 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
 
         def training_step(self, *args, **kwargs):
             if self.is_deepspeed_enabled:
-                # DeepSpeed clips in its step, by the norm of what it then finds: the projected gradient.
-                with before_step(self.model_wrapped, lambda: project(self, None)):
+                # DeepSpeed clips in its step, by the norm of the projected gradient.
+                with before_step(self.model_wrapped, lambda: project(self, clip=False)):
                     return super().training_step(*args, **kwargs)
 
             loss = super().training_step(*args, **kwargs)
             if self.accelerator.sync_gradients:
-                if finetuning_args.ogpsa_method == "monitor":
-                    project(self, None)
-                else:
-                    project_and_clip(self)
+                project(self, clip=finetuning_args.ogpsa_method != "monitor")
             return loss
 
-        # The seam for what belongs to the optimizer's state: `save_only_model` leaves it out, and the checkpoint gets
-        # its `trainer_state.json`, without which it cannot be resumed from, only after it.
+        # `save_only_model` skips this call, and `trainer_state.json`, without which a checkpoint cannot be resumed from,
+        # is written after it.
         def _save_optimizer_and_scheduler(self, output_dir, *args, **kwargs):
             super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
             self.ogpsa.save(output_dir, self.state.global_step, self.args.should_save)
@@ -104,7 +97,7 @@ class OgpsaCallback(TrainerCallback):
 
 
 def make_host(trainer: Any) -> Host:
-    """Describe a trainer that begins to train to the run."""
+    """Make the run's view of a trainer that begins to train."""
     args, state, accelerator = trainer.args, trainer.state, trainer.accelerator
     return Host(
         engine=make_engine(trainer.model, trainer.model_wrapped, accelerator.device, accelerator.scaler),
@@ -117,28 +110,23 @@ def make_host(trainer: Any) -> Host:
     )
 
 
-def project(trainer: Any, max_norm: float | None) -> Any:
-    """Project the accumulated gradient of a trainer; return the figures."""
-    return trainer.ogpsa.project(max_norm, will_log(trainer), bare_optimizer(trainer.optimizer))
+def project(trainer: Any, clip: bool) -> None:
+    """Project the accumulated gradient; with `clip` also clip it, in the same pass, instead of the accelerator.
 
-
-def project_and_clip(trainer: Any) -> None:
-    """Project and clip the accumulated gradient in one pass, in the place of the accelerator's own clipping.
-
-    The accelerator's next `clip_grad_norm_` then only hands the Trainer the norm of the projected gradient.
+    The accelerator's next `clip_grad_norm_` then only returns the norm of the projected gradient.
     """
-    trainer.accelerator.unscale_gradients()
-    max_norm = trainer.args.max_grad_norm
-    stats = project(trainer, max_norm if max_norm is not None and max_norm > 0 else None)
-
-    def hand_norm(parameters, max_norm, norm_type=2):
-        return stats.norm_tensor
-
-    trainer.accelerator.clip_grad_norm_ = hand_norm
+    max_norm = None
+    if clip:
+        trainer.accelerator.unscale_gradients()
+        if (trainer.args.max_grad_norm or 0) > 0:
+            max_norm = trainer.args.max_grad_norm
+    stats = trainer.ogpsa.project(max_norm, will_log(trainer), bare_optimizer(trainer.optimizer))
+    if clip:
+        trainer.accelerator.clip_grad_norm_ = lambda *args, **kwargs: stats.norm_tensor
 
 
 def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Take accelerate's and DeepSpeed's wrappers off an optimizer."""
+    """Return the optimizer inside accelerate's and DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
@@ -156,13 +144,7 @@ def will_log(trainer: Any) -> bool:
 
 
 def make_reference_sets(trainer: Any, stage: str, loaded: dict[str, Any]) -> list[ReferenceSet]:
-    """Give each loaded set its collator and its loss: the stage's own, or the SFT loss.
-
-    Args:
-        trainer: the stage's trainer.
-        stage: the training stage.
-        loaded: as in `with_ogpsa`.
-    """
+    """Give each loaded set its collator and its loss: the stage's own, or the SFT loss; `loaded` as in `with_ogpsa`."""
     kinds = {"stage": (trainer.data_collator, StageLoss(trainer, stage))}
     if any(item.loss == "sft" for item in loaded["sets"]):
         kinds["sft"] = (sft_collator(trainer, loaded), SftLoss(trainer))
@@ -187,17 +169,12 @@ class StageLoss:
     """The loss that the trainer itself minimises."""
 
     def __init__(self, trainer: Any, stage: str) -> None:
-        """Bind the loss to a trainer.
-
-        Args:
-            trainer: the stage's trainer.
-            stage: `pt` and `sft` average over tokens, the others over samples.
-        """
+        """Bind the loss to a trainer; in the stages `pt` and `sft` it averages over tokens, else over samples."""
         self.trainer = trainer
         self.by_tokens = stage in ("pt", "sft")
 
     def weigh(self, samples: list[dict[str, Any]]) -> float:
-        """Return the number of tokens that the loss sees, or of samples."""
+        """Return the number of tokens that the loss counts, or of samples."""
         if not self.by_tokens:
             return float(len(samples))
         return float(sum(count_tokens(sample, self.trainer.processing_class.pad_token_id) for sample in samples))
@@ -229,7 +206,7 @@ class SftLoss(StageLoss):
 
 @contextmanager
 def preserve_metrics(trainer: Any) -> Iterator[None]:
-    """Keep what a preference trainer remembers of its batches (rewards to log, BCO's running mean) as it was."""
+    """Restore at the end what a preference trainer keeps of its batches (rewards to log, BCO's running mean)."""
     stored = getattr(trainer, "_stored_metrics", None)
     moments = getattr(trainer, "running", None)
     saved = {k: v.clone() if torch.is_tensor(v) else v for k, v in vars(moments).items()} if moments else {}

@@ -1,14 +1,13 @@
 """The seam `llamafactory.v1.config.arg_parser`: the OGPSA options of LLaMA-Factory's next trainer (`USE_V1=1`).
 
-Experimental, see docs/v1.md. v1's parser knows no `ogpsa_*` option, and with `ALLOW_EXTRA_KEYS=1` it would ignore them
-and train without OGPSA. Here they are read and checked first, and kept from it. A command that OGPSA has no place in
-is refused by name.
+Experimental, see docs/v1.md. v1's parser does not know the `ogpsa_*` options, and with `ALLOW_EXTRA_KEYS=1` it would
+ignore them and train without OGPSA. Here they are read, checked, and removed before it parses the rest. Commands without
+OGPSA are refused by name.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -37,31 +36,19 @@ class Stage(NamedTuple):
 
     Attributes:
         name: sft, the only one so far.
-        put_in: puts OGPSA into its trainer.
+        put_in: replaces its trainer class by one with OGPSA.
     """
 
     name: str
     put_in: Callable[[Request], None]
 
 
-_running: ContextVar[Stage | None] = ContextVar("running", default=None)
-
-
-@contextmanager
-def running(stage: Stage) -> Iterator[None]:
-    """While the context is open, arguments that are parsed are those of this stage."""
-    token = _running.set(stage)
-    try:
-        yield
-    finally:
-        _running.reset(token)
+# The stage whose `run_*` is being executed, so that the arguments that are parsed are its own.
+RUNNING: ContextVar[Stage | None] = ContextVar("running", default=None)
 
 
 def patch(module: ModuleType) -> None:
     """Wrap the function that parses the arguments of every v1 command.
-
-    Args:
-        module: the executed `llamafactory.v1.config.arg_parser`.
 
     Raises:
         AttributeError: the module has no `get_args`; it is left as it was.
@@ -75,7 +62,7 @@ def patch(module: ModuleType) -> None:
         if not asking:
             return get_args(args)
 
-        stage = _running.get()
+        stage = RUNNING.get()
         check_asking(asking, stage)
         options, rest = split_options(words)
         settings = make_settings(options, stage.name)
@@ -103,10 +90,7 @@ def read_all(words: dict[str, Any] | list[str]) -> dict[str, Any]:
 
 
 def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], dict[str, Any] | list[str]]:
-    """Take the `ogpsa_*` options out of what a run is given.
-
-    Args:
-        words: a dict of options, or a command line, perhaps with a file.
+    """Separate the `ogpsa_*` options from the rest of a dict of options, or of a command line, perhaps with a file.
 
     Returns:
         the OGPSA options by name, values of a command line read as YAML; and the rest for v1's parser.
@@ -115,8 +99,11 @@ def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], di
         options = {name: value for name, value in words.items() if name.startswith(PREFIX)}
         return options, {name: value for name, value in words.items() if name not in options}
 
-    told = {name: value for name, value in given_options(words) if name.startswith(PREFIX)}
-    told = {name: yaml.safe_load(value) if isinstance(value, str) else value for name, value in told.items()}
+    given = {
+        name: yaml.safe_load(value) if isinstance(value, str) else value
+        for name, value in given_options(words)
+        if name.startswith(PREFIX)
+    }
     rest, skip = [], False
     for word in words:
         name, equals, _ = word.partition("=")
@@ -125,17 +112,17 @@ def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], di
             rest.append(word)
         skip = ours and not equals
     if not is_file(words):
-        return told, rest
+        return given, rest
 
     from omegaconf import OmegaConf
 
     config = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(rest[1:]))
     options, others = split_options(OmegaConf.to_container(config))
-    return {**options, **told}, others
+    return {**options, **given}, others
 
 
 def check_asking(asking: list[str], stage: Stage | None) -> None:
-    """Refuse OGPSA where v1 has no place for it, and the classic trainer's way to ask for it.
+    """Refuse OGPSA for v1 commands other than a known stage's, and stages spelled as in the classic trainer.
 
     Raises:
         ValueError: names what was given and what is allowed.
@@ -156,11 +143,7 @@ def check_asking(asking: list[str], stage: Stage | None) -> None:
 
 
 def make_settings(options: dict[str, Any], stage: str) -> Settings:
-    """Check the options of a run and fill in their defaults.
-
-    Args:
-        options: by name.
-        stage: the stage that runs.
+    """Check the options of a run, given by name, and fill in their defaults.
 
     Raises:
         ValueError: names the option, what was given and what is allowed.
@@ -174,14 +157,14 @@ def make_settings(options: dict[str, Any], stage: str) -> Settings:
     resolve(arguments)
     if arguments.ogpsa_save_state:
         raise ValueError(
-            "`ogpsa_save_state` is True, but the checkpoints of LLaMA-Factory's v1 trainer have no place for it; "
-            "allowed: False."
+            "`ogpsa_save_state` is True, but the checkpoints of LLaMA-Factory's v1 trainer cannot hold it; allowed: "
+            "False."
         )
     return Settings.from_arguments(arguments)
 
 
 def refuse_arguments(model_args: Any, training_args: Any) -> None:
-    """Refuse by name what OGPSA does not do in v1.
+    """Refuse by name what OGPSA does not support in v1.
 
     Raises:
         ValueError: names the option, its value, and what is allowed.
@@ -197,7 +180,7 @@ def refuse_arguments(model_args: Any, training_args: Any) -> None:
     }
     for name, (value, allowed) in given.items():
         if value not in allowed:
-            told = ", ".join("not given" if item is None else str(item) for item in allowed)
+            listed = ", ".join("not given" if item is None else str(item) for item in allowed)
             raise ValueError(
-                f"`{name}` is {value!r}, which OGPSA does not do in LLaMA-Factory's v1 trainer; allowed: {told}."
+                f"`{name}` is {value!r}, which OGPSA does not support in LLaMA-Factory's v1 trainer; allowed: {listed}."
             )

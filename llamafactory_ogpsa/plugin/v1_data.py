@@ -8,6 +8,7 @@ import torch
 from ..noise import preserve_random_state
 from ..options import Settings
 from ..reference import ReferenceSet
+from .datasets import check_parts
 
 
 class RecordSet(NamedTuple):
@@ -25,11 +26,8 @@ class RecordSet(NamedTuple):
 def read_sets(settings: Settings) -> list[RecordSet]:
     """Read the reference sets of a run; the random state stays as it was.
 
-    `ogpsa_dataset` names what `train_dataset` does: a YAML, each entry of which is one set, or a file or a dataset of
-    its own.
-
-    Args:
-        settings: the run's.
+    Names in `ogpsa_dataset` are those that `train_dataset` takes: a YAML, each entry of which is one set, or a file or a
+    dataset.
 
     Raises:
         ValueError: a set cannot be read, has no records, or its records are not messages.
@@ -68,7 +66,7 @@ def read_entries(data: Any, num_samples: int) -> dict[str, list[dict[str, Any]]]
 
 
 def check_records(name: str, records: list[dict[str, Any]]) -> None:
-    """Refuse a set without records, and one whose records are not messages.
+    """Check that a set has records and that they are messages.
 
     Raises:
         ValueError: names the set and what is allowed.
@@ -83,12 +81,7 @@ def check_records(name: str, records: list[dict[str, Any]]) -> None:
 
 
 def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet]) -> list[ReferenceSet]:
-    """Tokenise reference sets by a trainer's renderer, and give each its collator and loss.
-
-    Args:
-        trainer: the v1 trainer.
-        settings: the run's.
-        sets: as `read_sets` returns them.
+    """Tokenise reference sets by a v1 trainer's renderer, and give each its collator and loss.
 
     Raises:
         ValueError: a set has no sample with a token to learn, or too few for `ogpsa_rank`.
@@ -105,18 +98,12 @@ def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet])
             )
         made.append(ReferenceSet(item.name, samples, Collator(cutoff_len), TokenLoss(trainer)))
 
-    parts = 1 if settings.scope == "inputs" else -(-(settings.rank or len(made)) // len(made))
-    for reference in made:
-        if len(reference.samples) < parts:
-            raise ValueError(
-                f"`ogpsa_rank` is {settings.rank}, which splits {reference.name!r} into {parts} parts, but it has only "
-                f"{len(reference.samples)} usable samples; allowed: at most {len(reference.samples) * len(made)}."
-            )
+    check_parts(settings.scope, settings.rank, {item.name: item.samples for item in made})
     return made
 
 
 def count_weight(sample: dict[str, Any], cutoff_len: int) -> float:
-    """Return the sum of the loss weights of the tokens that the loss sees; those of a message are 0 or 1 by default."""
+    """Return the sum of the loss weights of a sample's tokens, which are 0 or 1 by default."""
     return float(sum(sample["loss_weights"][1:cutoff_len]))
 
 

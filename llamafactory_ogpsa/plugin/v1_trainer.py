@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..engines import make_engine
 from ..run import Host, OgpsaRun
-from .v1 import Request, Stage, running
+from .v1 import RUNNING, Request, Stage
 from .v1_data import make_reference_sets
 
 
@@ -28,12 +28,9 @@ _TRAINER_PARAMETERS = ["self", "args", "model", "renderer", "train_dataset", "ca
 
 
 def patch(module: ModuleType) -> None:
-    """Wrap the `run_*` of a trainer's module that has just been executed.
+    """Wrap the `run_*` of a `llamafactory.v1.trainers.<stage>_trainer` that has just been executed.
 
-    The trainer class is another only while `run_*` executes a run that asks for OGPSA.
-
-    Args:
-        module: `llamafactory.v1.trainers.<stage>_trainer`.
+    The trainer class is replaced only while `run_*` executes a run that asks for OGPSA.
 
     Raises:
         AttributeError: the module has no `run_*`; it is left as it was.
@@ -50,17 +47,18 @@ def patch(module: ModuleType) -> None:
             check_seam(stage, stock)
             setattr(module, name, with_ogpsa(stock, request))
 
+        token = RUNNING.set(Stage(stage, put_in))
         try:
-            with running(Stage(stage, put_in)):
-                return run(args)
+            return run(args)
         finally:
+            RUNNING.reset(token)
             setattr(module, name, stock)
 
     setattr(module, f"run_{stage}", run_stage)
 
 
 def check_seam(stage: str, trainer_class: type) -> None:
-    """Check that v1 looks as expected where OGPSA is put in.
+    """Check that what OGPSA uses of v1 looks as expected.
 
     Raises:
         RuntimeError: it does not; says what was looked for.
@@ -87,12 +85,7 @@ def check_seam(stage: str, trainer_class: type) -> None:
 
 
 def with_ogpsa(trainer_class: type, request: Request) -> type:
-    """Return a trainer class of the same name that has OGPSA among its callbacks.
-
-    Args:
-        trainer_class: the stage's.
-        request: what the run asks for.
-    """
+    """Return a subclass of a stage's trainer, of the same name, that has OGPSA among its callbacks."""
 
     class OgpsaTrainer(trainer_class):
         def __init__(self, args, model, renderer, train_dataset, callbacks=None):
@@ -106,7 +99,7 @@ def with_ogpsa(trainer_class: type, request: Request) -> type:
 
 
 def refuse_processor(processor: Any) -> None:
-    """Refuse models that see or hear.
+    """Refuse multimodal models.
 
     Raises:
         ValueError: the processor is more than a tokenizer.
@@ -119,12 +112,7 @@ def refuse_processor(processor: Any) -> None:
 
 
 def make_callback(trainer: Any, request: Request) -> Any:
-    """Make the callback that passes a trainer's events on to an OGPSA run.
-
-    Args:
-        trainer: the v1 trainer; looked at only when it trains.
-        request: what the run asks for.
-    """
+    """Make the callback that passes a v1 trainer's events on to an OGPSA run."""
     from llamafactory.v1.utils.callbacks import TrainerCallback
 
     class OgpsaCallback(TrainerCallback):
@@ -158,8 +146,8 @@ def make_callback(trainer: Any, request: Request) -> Any:
         def on_log(self, args, state, logs, **kwargs):
             figures = self.run.figures(state.global_step)
             if figures and self.run.host.main:
-                told = ", ".join(f"{name}: {value:.4g}" for name, value in figures.items())
-                logger.info(f"step: {state.global_step}, {told}")
+                listed = ", ".join(f"{name}: {value:.4g}" for name, value in figures.items())
+                logger.info(f"step: {state.global_step}, {listed}")
 
         def on_train_end(self, args, state, **kwargs):
             for hook in self.hooks:
@@ -170,19 +158,18 @@ def make_callback(trainer: Any, request: Request) -> Any:
 
 
 def make_host(trainer: Any) -> Host:
-    """Describe a v1 trainer that begins to train to the run."""
+    """Make the run's view of a v1 trainer that begins to train."""
     from llamafactory.v1.accelerator.interface import DistributedInterface
 
     processes = DistributedInterface()
     wrapped = trainer.model
     model = wrapped.module if isinstance(wrapped, DistributedDataParallel) else wrapped
-    main = processes.get_rank() == 0
     return Host(
         engine=make_engine(model, wrapped, trainer.device),
         model=model,
         output_dir=trainer.args.output_dir,
         max_steps=trainer.num_training_steps,
         samples_per_step=trainer.train_batch_generator.global_batch_size,
-        main=main,
+        main=processes.get_rank() == 0,
         show_progress=processes.get_local_rank() == 0,
     )

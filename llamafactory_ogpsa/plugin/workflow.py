@@ -1,8 +1,7 @@
-"""The seam `llamafactory.train.<stage>.workflow`: what a stage's `run_*` looks up while an OGPSA run is in it.
+"""The seam `llamafactory.train.<stage>.workflow`: a stage's `run_*`, and the names that it looks up in an OGPSA run.
 
-Nothing is replaced for good. `run_*` is wrapped, and only while it executes a run that asks for OGPSA do the names it
-uses mean something else: `get_dataset` also reads the reference sets (it is called before the model is loaded), and
-the trainer class has OGPSA in its gradient path.
+`run_*` is wrapped for good. Only while it executes a run that asks for OGPSA are two names replaced: `get_dataset` also
+reads the reference sets (it is called before the model is loaded), and the trainer class projects its gradients.
 """
 
 import functools
@@ -32,9 +31,6 @@ _GET_DATASET_PARAMETERS = ["template", "model_args", "data_args", "training_args
 
 def patch(module: ModuleType) -> None:
     """Wrap the `run_*` of a workflow module that has just been executed.
-
-    Args:
-        module: `llamafactory.train.<stage>.workflow`.
 
     Raises:
         AttributeError: the module does not have its `run_*`; it is left as it was.
@@ -95,7 +91,7 @@ def check_seam(stage: str) -> None:
 
 @contextmanager
 def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
-    """While the context is open, the names that the stage's workflow looks up have OGPSA in them."""
+    """Replace `get_dataset` and the trainer class of a stage while the context is open."""
     modules = _modules(stage)
     stock_get_dataset = modules[0].get_dataset
     loaded: dict[str, Any] = {}
@@ -104,7 +100,7 @@ def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
     def get_dataset(*args, **kwargs):
         call = inspect.signature(stock_get_dataset).bind(*args, **kwargs)
         call.apply_defaults()
-        # First, because what is wrong with them should not come up after hours of tokenising the training set.
+        # First: a fault in them must not show only after hours of tokenising the training set.
         loaded.update(sets=load_reference_sets(stock_get_dataset, finetuning_args, **call.arguments), **call.arguments)
         return stock_get_dataset(*args, **kwargs)
 

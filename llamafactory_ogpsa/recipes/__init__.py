@@ -1,5 +1,5 @@
-"""From published data to files that LLaMA-Factory trains on: `llamafactory-ogpsa prepare`.
+"""`llamafactory-ogpsa prepare` makes datasets for LLaMA-Factory of published data; `evaluate` and `compare` results.
 
-A recipe reads one published dataset (`source`), makes samples of its records (`safety`, `helpful`, `truthful`), splits
-them (`samples`) and writes them with their entries in dataset_info.json (`output`); `prepare` does all four.
+A recipe (`prepare`) reads one published dataset (`source`), makes samples of its records (`safety`, `helpful`,
+`truthful`, `transcripts`), splits them (`samples`) and writes them with their entries in dataset_info.json (`output`).
 """

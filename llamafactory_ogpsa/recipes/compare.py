@@ -1,14 +1,13 @@
 """`llamafactory-ogpsa compare`: result folders of lm-evaluation-harness → a table and a scatter plot."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .errors import RecipeError
 
 
-# The first of these that a general task has is its figure.
+# A general task is scored by the first of these that it has.
 METRICS = ("prompt_level_strict_acc", "exact_match", "acc_norm", "acc")
 SAFETY = {
     "ogpsa_strongreject": "refuses StrongREJECT ↑",
@@ -24,7 +23,7 @@ def read_scores(folder: Path) -> dict[str, float]:
     """Read the scores below a folder given to `evaluate --output`, of the newest file where a task is in several.
 
     Returns:
-        the score by column: the general tasks, and the columns of `SAFETY`; what was not measured is missing.
+        the score by column: the general tasks, and the columns of `SAFETY` that were measured.
 
     Raises:
         RecipeError: there are no results.
@@ -108,11 +107,7 @@ def draw(rows: Rows, path: Path) -> None:
         axes.set(xlabel=f"{AVERAGE[:-1]}(%) ↑", ylabel=f"{column[:-1]}(%) {column[-1]}")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(points.values()), loc="outside right center")
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
-        os.replace(temporary, path)
+        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as err:
         raise RecipeError(f"cannot write the picture {path}: {getattr(err, 'strerror', None) or err}.") from err
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,4 +2,4 @@
 
 
 class RecipeError(ValueError):
-    """What the user can fix; its message is one sentence, printed without a traceback."""
+    """An error that the user can fix; its message is one sentence, printed without a traceback."""

@@ -27,7 +27,7 @@ def evaluate(
         adapter: path of a LoRA adapter on top of it.
         output: the folder of the results, one model's.
         tasks: names of the harness's tasks, separated by commas; None for those of `TASKS`.
-        sources: of the safety data, and the judge, by the name that the tasks know them by; None where not given.
+        sources: `xstest`, `strongreject` and `judge`; None where not given.
         extra: more words of the harness's command line.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Writing samples where LLaMA-Factory finds them: JSON files and their entries in dataset_info.json."""
+"""Writing samples for LLaMA-Factory: JSON files and their entries in dataset_info.json."""
 
 import json
 import os
@@ -19,10 +19,10 @@ def write(folder: Path, recipe: str, train: list[Sample], held_out: list[Sample]
     """Write the plain and the ranking file of both splits and enter them into dataset_info.json.
 
     The datasets are `<recipe>_sft` and, where all samples have a rejected answer, `<recipe>_dpo`; those of `held_out`,
-    which may be empty, have `_heldout` after that. Returns the number of samples by dataset name.
+    which may be empty, end in `_heldout`. Returns the number of samples by dataset name.
 
     Raises:
-        RecipeError: dataset_info.json is not what it should be, or has an entry of such a name that is not ours.
+        RecipeError: dataset_info.json is not a JSON object, or has another entry of such a name.
     """
     samples = [*train, *held_out]
     kinds = ("sft", "dpo") if all(sample.rejected for sample in samples) else ("sft",)
@@ -55,17 +55,17 @@ def record_of(sample: Sample, kind: str, turns: bool) -> dict[str, Any]:
 
 
 def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """Add entries to those that are there. Raises RecipeError where another one of a name or file is among these."""
+    """Add entries to `info`; raise a RecipeError where it has another entry of the same name or file."""
     files = {entry["file_name"] for entry in entries.values()}
     for name, entry in info.items():
         file = os.path.normpath(str(entry.get("file_name"))) if isinstance(entry, dict) else None
         if entry != entries.get(name, entry) or (name not in entries and file in files):
-            raise RecipeError(f"{INFO} has another entry {name}, which stays as it is; take another --output.")
+            raise RecipeError(f"{INFO} has another entry {name}, which is kept; choose another --output.")
     return {**info, **entries}
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """Read dataset_info.json, which may be missing. Raises RecipeError where it is not a JSON object."""
+    """Read dataset_info.json, which may be missing; raise a RecipeError if it is not a JSON object."""
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(info, dict):
@@ -74,7 +74,7 @@ def read_info(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError) as err:
-        raise RecipeError(f"{path} is not a JSON object ({err}); it was left as it is.") from err
+        raise RecipeError(f"{path} is not a JSON object ({err}); it was not changed.") from err
 
 
 def replace_all(folder: Path, texts: dict[str, str]) -> None:

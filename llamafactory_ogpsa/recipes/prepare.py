@@ -1,4 +1,4 @@
-"""A recipe from beginning to end: read, make samples, split, write, report."""
+"""The recipes, and how one is carried out: read, make samples, split, write, report."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,18 +16,18 @@ from .source import find_schema, iterate, load
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where the records come from and what becomes of them."""
+    """A published dataset, and how samples are made of its records."""
 
     about: str
     hub_id: str
     splits: tuple[str, ...]
     num_samples: int
-    # What makes samples of the records, by the columns that they must have.
+    # The function that makes samples of records, by the columns that they must have.
     schemas: dict[tuple[str, ...], Callable[..., list[Sample]]]
     config: str | None = None
 
 
-# The paper trains on 10,000 prompts and takes 200 of each general set; the rest of those is for mixing it in.
+# The paper trains on 10,000 prompts and uses 200 of each general set; the others can be mixed into the training data.
 RECIPES = {
     "safety": Recipe(
         about="PKU-SafeRLHF, hh-rlhf or Safety-Tuned LLaMAs: harmful prompts, refused",
@@ -73,14 +73,14 @@ def prepare(
         output: the folder to write to, LLaMA-Factory's `dataset_dir`.
         seed: of every choice.
         num_samples: to train on; None for the recipe's own number.
-        refusals: see `refusals.make_label`; the recipe `safety` alone has a use for it. None is `templates` for
-            PKU-SafeRLHF, whose safe answers are often no refusals, and `dataset` for the other two.
+        refusals: see `refusals.make_label`; for the recipe `safety` only. None is `templates` for PKU-SafeRLHF, whose
+            safe answers are often no refusals, and `dataset` for the other two.
 
     Returns:
         the report: each record is in `<recipe>_sft`, in its held-out split, or counted among the dropped.
 
     Raises:
-        RecipeError: the data cannot be used, or the output not be written; says why.
+        RecipeError: the data cannot be used, or the output cannot be written; says why.
     """
     recipe, drops = RECIPES[name], Counter()
     source = source or recipe.hub_id

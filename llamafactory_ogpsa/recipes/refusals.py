@@ -1,4 +1,4 @@
-"""What the model is to answer a harmful prompt: refusals of ours, of the user's, or the dataset's own safe answers."""
+"""The refusal of a harmful prompt: from our templates, from the user's file, or the dataset's own safe answer."""
 
 import json
 import random
@@ -13,8 +13,8 @@ from .samples import clean, prompt_key
 TEMPLATES, DATASET = "templates", "dataset"
 TEMPLATE_FILE = Path(__file__).with_name("refusals.txt")
 
-# `Label(prompt, topic, own)` is the refusal of a prompt: its topic and the dataset's own safe answer are None where
-# they are not known, and so is the refusal where there is none for the prompt.
+# `Label(prompt, topic, own)` returns the refusal of a prompt, None where there is none; its topic and the dataset's own
+# safe answer are None where they are not known.
 Label = Callable[[str, str | None, str | None], str | None]
 
 _TOPIC = "{topic}"
@@ -26,7 +26,7 @@ def make_label(choice: str, seed: int) -> Label:
     Args:
         choice: `templates`, `dataset`, or the path of a file: refusals, one a line, in which `{topic}` is replaced;
             or a .jsonl file of records with `prompt` and `refusal`.
-        seed: of the choice among refusals, which depends on the prompt besides and on nothing else.
+        seed: of the choice among refusals, which depends on the seed and the prompt only.
 
     Raises:
         RecipeError: the file cannot be used; says why.

@@ -23,7 +23,7 @@ INSTRUCTIONS = ("instruction", "input", "output")
 
 
 def make_pku_samples(rows: Iterable[dict[str, Any]], drops: Counter) -> list[Sample]:
-    """Make a sample of each prompt that an answer marked unsafe shows to be harmful.
+    """Make a sample of each prompt that has an answer marked unsafe.
 
     Args:
         rows: records with the columns `PKU`.
@@ -60,18 +60,18 @@ def make_pku_samples(rows: Iterable[dict[str, Any]], drops: Counter) -> list[Sam
 
 
 def topic_of(categories: Any) -> str | None:
-    """Return the topic of an answer: the first harm category that it is marked with."""
+    """Return the topic of an answer, its first harm category."""
     marked = [name for name, value in categories.items() if value] if isinstance(categories, dict) else []
     return marked[0].lower() if marked else None
 
 
 def make_instruction(row: dict[str, Any]) -> Sample:
-    """Return a sample of an unsafe instruction and its safe answer; there is no rejected one."""
+    """Return a sample of an unsafe instruction and its safe answer, without a rejected one."""
     return Sample(clean(row["instruction"]), clean(row["output"]), query=clean(row["input"]))
 
 
 def refuse(samples: Iterable[Sample], drops: Counter, label: Label) -> list[Sample]:
-    """Replace the answers by refusals; `drops` counts the samples that have none, or the rejected answer as one."""
+    """Replace the answers by refusals; `drops` counts samples without one, or whose rejected answer is the same."""
     refused = []
     for sample in samples:
         refusal = label(sample.prompt, sample.topic, sample.answer)

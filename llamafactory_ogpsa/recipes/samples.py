@@ -1,4 +1,4 @@
-"""Samples, and the split into what is trained on and what is held out."""
+"""Samples, and the split into training and held-out samples."""
 
 import math
 import random
@@ -16,7 +16,7 @@ BEYOND = "more than --num-samples asks for"
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with the answer to learn; what a dataset does not say is None or empty."""
+    """One prompt with the answer to learn; fields that a dataset does not have are None or empty."""
 
     prompt: str
     answer: str | None
@@ -27,12 +27,12 @@ class Sample:
 
 
 def clean(text: Any) -> str:
-    """Return a text without the white space around it; the empty string for what is not a text."""
+    """Return a text without the white space around it; an empty one for anything else."""
     return text.strip() if isinstance(text, str) else ""
 
 
 def number(value: Any) -> float | None:
-    """Return a finite number, also from a text; None for what is not a number."""
+    """Return a finite number, also from a text; None for anything else."""
     try:
         result = float(value)
     except (TypeError, ValueError):
@@ -41,7 +41,7 @@ def number(value: Any) -> float | None:
 
 
 def prompt_key(prompt: str) -> str:
-    """Return what two prompts share that count as the same: case and white space make no difference."""
+    """Return a prompt without differences in case and white space; equal keys count as the same prompt."""
     return " ".join(prompt.split()).casefold()
 
 
@@ -50,8 +50,8 @@ def collect(
 ) -> list[Sample]:
     """Make a sample of each record and keep the first one of each prompt; `drops` counts the others by reason.
 
-    `make` returns the sample of a record, or the reason why it gives none. Samples without a prompt or an answer, or
-    whose rejected answer is empty or the same, are dropped too.
+    `make` returns the sample of a record, or the reason for none. Samples without a prompt or an answer, or whose
+    rejected answer is empty or the same, are dropped too.
     """
     samples: dict[Any, Sample] = {}
     for row in rows:
@@ -74,10 +74,9 @@ def collect(
 
 
 def split(samples: list[Sample], num_samples: int, seed: int, drops: Counter) -> tuple[list[Sample], list[Sample]]:
-    """Draw the training samples and the held-out ones, one of the latter for ten of the former.
+    """Draw at most `num_samples` training samples, and one held-out sample for ten of them.
 
-    There are at most `num_samples` to train on, fewer where there are too few, in the order drawn: OGPSA takes the
-    first of them. `drops` counts what is in neither.
+    They stay in the order drawn, because OGPSA uses the first of them. `drops` counts the samples that are in neither.
     """
     drawn = list(samples)
     random.Random(seed).shuffle(drawn)

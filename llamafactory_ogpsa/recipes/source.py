@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Rows decoded at a time; a row of UltraFeedback takes some 20 kB.
 BATCH = 256
 
-# How the name of a local file ends, and that of no dataset on the hub.
+# How names of local files end, and names of datasets on the hub do not.
 _FILES = (".csv", ".gz", ".json", ".jsonl", ".parquet")
 
 NOT_UTF8 = "text that is not UTF-8"
@@ -36,15 +36,15 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
     """
     import datasets
 
-    # What it logs before an exception would stand above the one sentence that says what to do.
+    # Its log messages would be printed before the one sentence of the error.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     path = Path(source)
     try:
         if path.is_file() and not path.stat().st_size:
             raise RecipeError(f"{source} is empty.")
         if path.is_file():
-            # Only the folder is resolved: the hub's own cache holds links to files that have other names. What
-            # `data_files` takes is a pattern.
+            # Only the folder is resolved: the hub's cache holds links to files with other names. `data_files` takes
+            # patterns.
             folder = path.parent.resolve()
             loaded = datasets.load_dataset(str(folder), data_files=[glob.escape(str(folder / path.name))])
         elif not path.exists() and (path.suffix in _FILES or source.startswith((".", "/", "~"))):
@@ -60,7 +60,7 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
     except Exception as err:
         if not path.exists():
             raise RecipeError(
-                f"{source} is no local file or folder, and the hub did not give it ({type(err).__name__}); download "
+                f"{source} is no local file or folder, and the hub did not provide it ({type(err).__name__}); download "
                 "it where there is access, and give the path of the file or folder instead."
             ) from err
         reason = " ".join(str(err.__cause__ or err).split())[:200].rstrip(".")
@@ -70,7 +70,7 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
 
 
 def choose(source: str, kind: str, found: Sequence[str], wanted: Sequence[str | None]) -> str:
-    """Return the first wanted name that is there, or the only one there is; else raise RecipeError."""
+    """Return the first wanted name that was found, or the only one found; else raise a RecipeError."""
     for name in wanted:
         if name in found:
             return name
@@ -82,7 +82,7 @@ def choose(source: str, kind: str, found: Sequence[str], wanted: Sequence[str | 
 
 
 def find_schema(dataset: "Dataset", source: str, *schemas: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the first schema whose columns are all there; else raise RecipeError with what is missing and found."""
+    """Return the first schema whose columns were all found; else raise a RecipeError that lists the missing ones."""
     found = dataset.column_names
     missing = [[name for name in schema if name not in found] for schema in schemas]
     if [] in missing:

@@ -1,4 +1,4 @@
-"""One training run with OGPSA, whatever trains: when it refreshes, and what it projects, measures, logs and saves."""
+"""One training run with OGPSA, independent of the trainer: refresh, projection, figures, log and checkpoints."""
 
 from .run import Host, OgpsaRun
 

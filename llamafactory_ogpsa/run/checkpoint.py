@@ -1,10 +1,10 @@
-"""What a checkpoint keeps of a run, so that a resumed run goes on exactly where it stopped.
+"""The state of a run in a checkpoint, with which a resumed run goes on exactly where it stopped.
 
 Beside the Trainer's own files in a checkpoint's folder:
 
-- `ogpsa_state-00000-of-00001.safetensors`: the basis and its geometry. Where every process holds a piece of the basis,
-  one such file each. None where the first step after the checkpoint refreshes anyway.
-- `ogpsa_state.json`: everything else. It is written when the former are complete, so where it exists, they are complete.
+- `ogpsa_state-00000-of-00001.safetensors`: the basis and its geometry; one such file a process where each holds a piece
+  of the basis; none where the first step after the checkpoint refreshes.
+- `ogpsa_state.json`: everything else. It is written last, so where it exists, the basis is complete.
 """
 
 import glob
@@ -26,7 +26,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is in its schedule, and what its basis was made by.
+    """Where a run is in its schedule, and the options that its basis was made with.
 
     Attributes:
         step: the optimizer steps taken.
@@ -35,13 +35,13 @@ class RunState:
         searching: see `Schedule`.
         covered: see `Schedule`.
         non_finite_steps: gradients that were not projected since the last logged step.
-        idle_steps: logged steps in a row, up to this one, of whose gradients hardly anything was left.
-        uncovered_steps: logged steps in a row, up to this one, with much of the gradient in tensors without direction.
+        idle_steps: see `StepLog`.
+        uncovered_steps: see `StepLog`.
         reference_losses: those of the last refresh, by the name of the set.
         made_by: the options that the basis depends on, by name.
         unreached: the tensors that reference inputs no longer reach; see `InputBasis`.
         pieces: the number of files that the basis is in; 0 where it was left out.
-        format: the version of all this.
+        format: the version of this file.
     """
 
     step: int
@@ -60,7 +60,7 @@ class RunState:
 
 
 def damaged(path: str, problem: object) -> ValueError:
-    """Make the error that says what is wrong with a state and what to do about it."""
+    """Make the error of a state that cannot be used, with what to do about it."""
     return ValueError(
         f"{path} {problem}, so the run cannot go on exactly where it stopped. Resume from another checkpoint; or set "
         f"`ogpsa_save_state: false`, or delete the checkpoint's ogpsa_state files, to go on with a new basis."
@@ -68,10 +68,10 @@ def damaged(path: str, problem: object) -> ValueError:
 
 
 def fail_together(engine: Engine, error: Exception | None) -> None:
-    """Raise in every process what was caught in any, so that none goes on to wait for one that is gone.
+    """Raise in every process if any has caught an error, so that none waits for one that has stopped.
 
     Raises:
-        Exception: this process's error, or a RuntimeError that tells of another's.
+        Exception: this process's error, or a RuntimeError about another's.
     """
     (failed,) = engine.processes.totals([float(error is not None)])
     if error is not None:
@@ -96,13 +96,13 @@ def _basis_files(folder: str) -> list[str]:
 
 
 def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: Engine, writes: bool) -> None:
-    """Write a state into a checkpoint that is being written; every process calls it.
+    """Write a state into a checkpoint's folder; every process calls it.
 
     Args:
-        folder: the checkpoint's.
+        folder: the folder.
         state: everything but the basis; `pieces` is filled in here.
         subspace: the basis; None leaves it out.
-        engine: the run's.
+        engine: where the gradients are.
         writes: whether this process writes what all processes have.
     """
     pieces, piece = _pieces(engine, subspace is not None and subspace.sharded)
@@ -131,7 +131,7 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
 
 
 def remove_state(folder: str) -> None:
-    """Remove a state that an earlier run has left in a folder that is written again, what vouches for it first."""
+    """Remove an earlier state from a folder that is written again, `ogpsa_state.json` first."""
     for path in [os.path.join(folder, STATE_NAME), *_basis_files(folder)]:
         if os.path.exists(path):
             os.remove(path)
@@ -145,18 +145,18 @@ def load_state(
     sharded: bool,
     restore: Callable[[Read, set[str]], Subspace],
 ) -> tuple[RunState, Subspace | None] | None:
-    """Read the state in a checkpoint and check that it belongs to this run; every process calls it.
+    """Read the state in a checkpoint's folder and check that it belongs to this run; every process calls it.
 
     Args:
-        folder: the checkpoint's.
-        step: the optimizer steps taken, as the Trainer knows it.
+        folder: the folder.
+        step: the optimizer steps that the Trainer has taken.
         made_by: this run's options that the basis depends on.
-        engine: the run's.
+        engine: where the gradients are.
         sharded: whether this run's basis is in pieces, one a process.
         restore: makes a basis of a file's tensors, given what reads one and their names.
 
     Returns:
-        the state and the basis, None where it was left out; None where the checkpoint holds no state.
+        the state and the basis, None where it was left out; None where the folder has no state.
 
     Raises:
         ValueError: it is damaged or belongs to another run; says what is wrong and what to do.
@@ -194,11 +194,7 @@ def load_state(
 
 
 def _read_state(path: str) -> RunState:
-    """Read a state file.
-
-    Raises:
-        ValueError: it is not what `save_state` writes.
-    """
+    """Read a state file; raise a ValueError if it is not what `save_state` writes."""
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)

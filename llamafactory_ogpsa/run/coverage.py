@@ -1,4 +1,4 @@
-"""Which weights a run protects: those that have a direction in the subspace."""
+"""Which weights a run protects: those in tensors that have a direction in the subspace."""
 
 import re
 from collections.abc import Sequence
@@ -43,12 +43,7 @@ class Coverage:
 
 
 def find_coverage(covered: Sequence[bool], engine: Engine) -> Coverage:
-    """Count what a basis covers; every process calls it.
-
-    Args:
-        covered: for each tensor, whether it has a direction.
-        engine: where the gradients are.
-    """
+    """Count what a basis covers, given for each tensor whether it has a direction; every process calls it."""
     sizes = [size if has else 0 for size, has in zip(engine.sizes, covered, strict=True)]
     inside, everything = engine.processes.totals([float(sum(sizes)), float(sum(engine.sizes))])
     uncovered = tuple(index for index, has in enumerate(covered) if not has)
@@ -58,12 +53,8 @@ def find_coverage(covered: Sequence[bool], engine: Engine) -> Coverage:
 def measure_uncovered(coverage: Coverage, engine: Engine) -> torch.Tensor | None:
     """Measure the share of the squared gradient that lies in tensors without a direction; every process calls it.
 
-    Args:
-        coverage: the basis's.
-        engine: where the gradients are, before the projection.
-
     Returns:
-        the share, float64, 0-dim; None where every tensor has a direction, so that there is nothing to measure.
+        the share before the projection, float64, 0-dim; None where every tensor has a direction.
     """
     if not coverage.uncovered:
         return None

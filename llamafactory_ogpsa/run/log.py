@@ -1,4 +1,4 @@
-"""What a run logs: `ogpsa_log.jsonl`, the trackers' figures, and its messages."""
+"""`ogpsa_log.jsonl`, the trackers' figures, and a run's messages."""
 
 import json
 import logging
@@ -23,23 +23,16 @@ if TYPE_CHECKING:
 LOG_NAME = "ogpsa_log.jsonl"
 PLOT_NAME = "training_ogpsa.png"
 
-# What `removed` may be, and at how many logged steps in a row it may be more, before a run is warned.
+# A run is warned when `removed` is above this at so many logged steps in a row.
 _MOST_REMOVED = 0.99
 _MOST_REMOVED_STEPS = 5
-# The share of the squared gradient that may lie in tensors without a direction, and at how many logged steps in a row it
-# may be more, before a run is warned.
+# And when the share of the squared gradient in tensors without a direction is above this at so many in a row.
 _MOST_UNCOVERED = 0.05
 _MOST_UNCOVERED_STEPS = 2
 
 
 def read_log(path: str) -> list[dict[str, Any]]:
-    """Read a log; a last line that was cut off while it was written is left out.
-
-    Args:
-        path: the file; a missing one counts as empty.
-
-    Returns:
-        its rows.
+    """Return the rows of a log; a missing file counts as empty, and a last line without its end is left out.
 
     Raises:
         ValueError: a line other than the last is not JSON; names the file and the line.
@@ -59,15 +52,10 @@ def read_log(path: str) -> list[dict[str, Any]]:
 
 
 def begin_log(path: str, step: int, checkpoint: str | None = None) -> None:
-    """Start the log of a run that begins, or goes on, at `step`: drop the rows that the run will write again.
+    """Start the log of a run that begins or resumes at `step`, without the rows that the run will write again.
 
-    A refresh is logged with the step before it, a step after it; what a resumed run repeats is therefore every refresh
-    from `step` on and every row beyond it. Written to a temporary name first.
-
-    Args:
-        path: the log.
-        step: the optimizer steps taken.
-        checkpoint: what the run goes on from; the rows before it come from the log beside it, where there is one.
+    A refresh is logged under the step before it, a step under its own number, so a resumed run repeats the refreshes from
+    `step` on and the steps after it. Earlier rows come from the log beside the checkpoint, where there is one.
     """
     beside = path if checkpoint is None else os.path.join(os.path.dirname(os.path.abspath(checkpoint)), LOG_NAME)
     rows = read_log(beside) if step > 0 and os.path.exists(beside) else []
@@ -92,15 +80,9 @@ def introduce(
     maker: "GradientBasis",
     repeated: bool,
 ) -> None:
-    """Log in one line what is on and what it will cost, and warn of what is probably not meant.
+    """Log the settings and the expected cost in one line; warn if the basis is computed only once.
 
-    Args:
-        logger: where to.
-        settings: the options.
-        sets: the reference sets.
-        host: who trains.
-        maker: what makes the basis.
-        repeated: a refresh will be repeated, because LoRA starts at zero.
+    `repeated`: a refresh will be repeated, because LoRA starts at zero.
     """
     engine, steps = host.engine, host.max_steps
     counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in sets]
@@ -123,7 +105,7 @@ def introduce(
 
 
 class StepLog:
-    """Makes the rows of logged steps, and warns, once, of a run that hardly learns or is partly unprotected.
+    """Makes the rows of logged steps; warns once of a run that hardly learns or is partly unprotected.
 
     Attributes:
         idle_steps: logged steps in a row at which almost all of the gradient was removed.
@@ -131,17 +113,11 @@ class StepLog:
     """
 
     def __init__(self, settings: Settings, names: Sequence[str], logger: logging.Logger | None) -> None:
-        """Start a log.
-
-        Args:
-            settings: the options.
-            names: the names of the reference sets.
-            logger: where warnings go; None in processes that do not log.
-        """
+        """Start a log; `names`: those of the reference sets; `logger`: None in processes that do not log."""
         self._settings = settings
         self._names = names
         self._logger = logger
-        self._said: set[str] = set()
+        self._warned_no_update = False
         self.idle_steps = 0
         self.uncovered_steps = 0
 
@@ -159,9 +135,9 @@ class StepLog:
         Args:
             step: the optimizer steps taken.
             stats: the figures of the projection.
-            uncovered: the share of the squared gradient in tensors without a direction; None where there are none.
-            uncovered_names: those tensors.
-            update: the figures of the optimizer's step; see `update_figures`.
+            uncovered: see `measure_uncovered`.
+            uncovered_names: the tensors without a direction.
+            update: see `update_figures`.
             non_finite: gradients since the last logged step that were not projected.
         """
         row: dict[str, Any] = {"step": step, "removed": None, "residual": None}
@@ -180,7 +156,7 @@ class StepLog:
         return row
 
     def tracked(self, row: dict[str, Any], reference_losses: dict[str, float]) -> dict[str, float]:
-        """Return what trackers show of a row, each figure under `ogpsa/`."""
+        """Return the figures of a row for trackers, each under `ogpsa/`."""
         figures = {}
         for key, value in row.items():
             if key in ("removed", "residual", "uncovered", "update_share") and value is not None:
@@ -190,9 +166,9 @@ class StepLog:
         return figures | {f"ogpsa/reference_loss/{name}": loss for name, loss in reference_losses.items()}
 
     def warn_no_update(self, optimizer: str) -> None:
-        """Say once that the change of the weights is not measured."""
-        if "update" not in self._said:
-            self._said.add("update")
+        """Warn once that the change of the weights is not measured."""
+        if not self._warned_no_update:
+            self._warned_no_update = True
             self._warn(
                 f"OGPSA does not log what the optimizer's step does (`update_*`): {optimizer} is not of the Adam family, "
                 "and so many weights are trained that they are not copied."

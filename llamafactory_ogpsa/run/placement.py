@@ -1,4 +1,4 @@
-"""Where a run keeps its basis, in which precision, and what projects it."""
+"""Where a run keeps its basis, in which precision, and with which kernel it projects."""
 
 import logging
 
@@ -10,20 +10,20 @@ from ..kernels import triton_obstacle
 
 logger = logging.getLogger("llamafactory.ogpsa")
 
-# On an accelerator, `ogpsa_basis_device: auto` keeps the basis there while it takes at most this share of what is free
-# before training: optimizer state and activations are still to come.
+# `ogpsa_basis_device: auto` keeps the basis on an accelerator if it takes at most this share of the memory that is free
+# before training, because optimizer state and activations still have to be allocated.
 _BASIS_SHARE = 0.4
 
 
 def choose_basis_dtype(choice: str, engine: Engine) -> torch.dtype:
-    """Return the dtype of the basis: the one that was chosen, or for `auto` bfloat16 where all gradients are."""
+    """Return the dtype of the basis; `auto` is bfloat16 where all gradients are, else float32."""
     if choice != "auto":
         return getattr(torch, choice)
     return torch.bfloat16 if all(dtype == torch.bfloat16 for dtype in engine.dtypes) else torch.float32
 
 
 def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: int) -> torch.device:
-    """Decide where the basis lives: with the gradients, or in host memory where it would not leave room to train."""
+    """Return where the basis is kept: with the gradients, or in host memory if it would not leave room to train."""
     if choice == "cpu" or gradient_device.type == "cpu":
         return torch.device("cpu")
 
@@ -39,18 +39,15 @@ def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: i
 
 
 def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torch.device, str]:
-    """Let all processes take the same basis device and kernel; every process calls it.
+    """Return the same basis device and kernel in all processes; every process calls it.
 
-    Sums in another order differ in their last bits, and replicas that differ drift apart: what one process cannot do,
-    none does.
+    Sums in another order differ in their last bits, and replicas that differ drift apart. So the CPU or torch is used in
+    all processes if one needs it.
 
     Args:
-        engine: where the gradients live.
-        basis_device: what `choose_basis_device` gave in this process.
+        engine: where the gradients are.
+        basis_device: of `choose_basis_device` in this process.
         kernel: `auto`, `triton` or `torch`.
-
-    Returns:
-        the device and the kernel.
     """
     here = kernel == "auto" and triton_obstacle(engine.device.type, interpret=False) is not None
     hosted, obstructed = engine.processes.totals([float(basis_device.type == "cpu"), float(here)])

@@ -52,7 +52,7 @@ def draw_reference_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def choose_panels(rows: list[dict[str, Any]]) -> list[Panel]:
-    """Return what there is to draw of a log: what was removed, what the steps did, the reference losses."""
+    """Return the panels of a log: what was removed, what the steps did if it was measured, the reference losses."""
     panels = [draw_removed]
     if any(row.get("update_loss_change") for row in rows):
         panels.append(draw_update)
@@ -62,15 +62,7 @@ def choose_panels(rows: list[dict[str, Any]]) -> list[Panel]:
 
 
 def plot_log(log_path: str, png_path: str) -> bool:
-    """Draw the panels of a log over the steps.
-
-    Args:
-        log_path: an `ogpsa_log.jsonl`.
-        png_path: the picture to write, under a temporary name first.
-
-    Returns:
-        False where the log holds nothing to draw, and no picture was written.
-    """
+    """Draw the panels of an `ogpsa_log.jsonl` over the steps; return False, and write no picture, if the log is empty."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

@@ -1,4 +1,4 @@
-"""How a run makes its basis of reference gradients, and brings one back from a checkpoint."""
+"""How a run makes its basis of reference gradients, or restores it from a checkpoint."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ class GradientBasis:
         num_bytes: what the basis takes in this process.
         device: where it is.
         sharded: whether each process has a piece of it.
-        follows_model: whether the basis ages as the weights change, so that it should be made again.
+        follows_model: whether the basis should be refreshed because the weights change.
         repeats: whether a refresh is repeated where some tensor had no gradient yet.
         unreached: none; see `InputBasis`.
     """
@@ -43,7 +43,7 @@ class GradientBasis:
         device = choose_basis_device(settings.basis_device, engine.device, self.num_bytes)
         self.device, self.kernel = agree(engine, device, settings.kernel)
         self.sharded = engine.processes.sharded
-        self._groups, self._num_groups = assign_groups(len(engine.names), settings.scope)
+        self._groups = assign_groups(len(engine.names), settings.scope)
 
     @property
     def _pinned(self) -> bool:
@@ -67,20 +67,14 @@ class GradientBasis:
         """
         engine = self._engine
         if self._pinned and engine.device.type == "cuda":
-            # PyTorch withholds pinned memory until an event that it queues as the memory is dropped; without waiting
-            # for that one the rows would be pinned a second time.
+            # PyTorch reuses freed pinned memory only after an event that it queues when the memory is freed. Without
+            # waiting for it the rows would be pinned a second time.
             torch.cuda.synchronize(engine.device)
         rows = self._allocate(len(passes.sets) * self.parts)
         losses = passes.gradients_into(rows)
         with torch.no_grad():
             basis, geometry = orthonormalise_(
-                rows,
-                self._groups,
-                self._num_groups,
-                self._settings.rank,
-                engine.device,
-                self.parts,
-                engine.processes,
+                rows, self._groups, self._settings.rank, engine.device, self.parts, engine.processes
             )
         return self._wrap(basis, geometry), losses
 
@@ -109,7 +103,7 @@ class GradientBasis:
         return subspace
 
     def made_by(self) -> dict[str, Any]:
-        """Return the options that the basis depends on for what it is, and not only for how good it is."""
+        """Return the options that a basis in a checkpoint must have been made with to be used."""
         return {
             "ogpsa_rank": self.rank,
             "ogpsa_scope": self._settings.scope,

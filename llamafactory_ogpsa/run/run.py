@@ -1,4 +1,4 @@
-"""One training run: the events of a trainer in, projected gradients and a log out. Needs no trainer."""
+"""One training run, driven by a trainer's events: it refreshes the basis, projects gradients and writes the log."""
 
 import logging
 import os
@@ -34,7 +34,7 @@ logger = logging.getLogger("llamafactory.ogpsa")
 
 @dataclass(frozen=True)
 class Host:
-    """What a run knows of whoever trains.
+    """What a run knows of the trainer.
 
     Attributes:
         engine: where the gradients are.
@@ -56,7 +56,7 @@ class Host:
 
 
 class OgpsaRun:
-    """Keeps the subspace of a run up to date, projects its gradients, and logs what that did.
+    """Refreshes the subspace of a run, projects its gradients, and logs the figures.
 
     Call `begin`; for each optimizer step `before_step`, `project` and `after_step`, and `figures` where it is logged;
     `save` for each checkpoint; and `end`. Every process calls everything.
@@ -67,21 +67,16 @@ class OgpsaRun:
     """
 
     def __init__(self, settings: Settings, sets: Sequence[ReferenceSet]) -> None:
-        """Prepare a run.
-
-        Args:
-            settings: the options.
-            sets: the tokenised reference sets.
-        """
+        """Prepare a run with tokenised reference sets."""
         self.settings = settings
         self.sets = sets
         self.names = [reference.name for reference in sets]
 
     def begin(self, host: Host, step: int = 0, checkpoint: str | None = None) -> None:
-        """Log what is on, restore what a checkpoint holds, and start the log.
+        """Log the settings, restore the state of a checkpoint, and start the log.
 
         Args:
-            host: who trains.
+            host: the trainer.
             step: the optimizer steps taken, above 0 where training resumes.
             checkpoint: the folder of the checkpoint that it resumes from.
 
@@ -146,8 +141,8 @@ class OgpsaRun:
         with ExitStack() as stack:
             stack.enter_context(preserve_random_state(self.engine.processes.device))
             stack.enter_context(without_noise(self.host.model))
-            # torch.compile would compile again for the shapes and arguments of reference batches, and does not see
-            # hooks (of scope `inputs`) that come after it has compiled.
+            # torch.compile would compile again for the shapes and arguments of reference batches, and ignores hooks (of
+            # scope `inputs`) that are added after it has compiled.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             self._check_noise()
             bar = tqdm(desc="OGPSA refresh", unit="batch", leave=False, disable=not self.host.show_progress)
@@ -162,7 +157,7 @@ class OgpsaRun:
             )
             progress.reset(total=passes.num_batches)
             self.subspace, self.reference_losses = self._maker.compute(passes)
-        self._cover()
+        self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
         self.schedule.refreshed(step, self.coverage.tensors, self.coverage.total)
         if self.host.main:
             append_row(
@@ -178,9 +173,6 @@ class OgpsaRun:
                     "seconds": round(time.perf_counter() - start, 4),
                 },
             )
-
-    def _cover(self) -> None:
-        self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
 
     def _check_noise(self) -> None:
         """Check, once a run, that a reference pass is free of noise."""
@@ -202,12 +194,12 @@ class OgpsaRun:
 
         Args:
             max_norm: the norm to clip to; None: not here.
-            measure: whether this step is logged: only then is measured what takes more than the projection.
-            optimizer: what steps the weights afterwards, without wrappers; needed where the step is logged.
+            measure: whether this step is logged, so that all figures are measured.
+            optimizer: the optimizer that takes the step, without wrappers; needed where the step is logged.
         """
         engine, method = self.engine, self.settings.method
         if self.settings.scope == "global" and method != "monitor":
-            # A direction over all parameters is removed as a whole, also from those that this step does not reach.
+            # A direction over all parameters is removed as a whole, also from parameters without gradient in this step.
             engine.fill()
         self._uncovered = measure_uncovered(self.coverage, engine) if measure else None
         projection = self.subspace.projection(method, self._maker.kernel)
@@ -224,11 +216,7 @@ class OgpsaRun:
         return stats
 
     def after_step(self, moved: bool) -> None:
-        """Measure what the optimizer did, where the step is logged.
-
-        Args:
-            moved: False where the optimizer step changed no weight: learning rate zero, or skipped by the scaler.
-        """
+        """Measure the change of the weights, where the step is logged; `moved`: see `Schedule.stepped`."""
         self.schedule.stepped(moved)
         read_changes, self._read_changes, self._update = self._read_changes, None, {}
         if read_changes is not None and moved:
@@ -236,13 +224,9 @@ class OgpsaRun:
                 self._update = update_figures(self.subspace, read_changes(), self.names)
 
     def figures(self, step: int) -> dict[str, float]:
-        """Read the figures of the last step, write them to the log, and return them for the trackers.
+        """Read the figures of the last step, write them to the log, and return them for trackers under `ogpsa/`.
 
-        Args:
-            step: the optimizer steps taken.
-
-        Returns:
-            the figures, each under `ogpsa/`; nothing before the first step.
+        Before the first step there are none.
         """
         if self._stats is None:
             return {}
@@ -256,7 +240,7 @@ class OgpsaRun:
         return self._step_log.tracked(row, self.reference_losses)
 
     def _starts_at_zero(self) -> bool:
-        """Return True where LoRA's `B` is zero, and with it the gradient of `A`; every process calls it."""
+        """Return True where LoRA's `B`, and so the gradient of `A`, is zero; every process calls it."""
         weights = zip(self.engine.names, self.engine.weights(), strict=True)
         adapters = [weight for name, weight in weights if "lora_B" in name and weight is not None and weight.size > 0]
         zero = sum(not bool(weight.part_of(weight.optimized).any()) for weight in adapters)
@@ -266,14 +250,10 @@ class OgpsaRun:
         return {"ogpsa_dataset": self.names, "ogpsa_loss": self.settings.loss, **self._maker.made_by()}
 
     def save(self, folder: str, step: int, writes: bool) -> None:
-        """Write what a resumed run needs to go on exactly into a checkpoint.
+        """Write into a checkpoint's folder what a resumed run needs to go on exactly.
 
-        The basis is left out where the next step makes a new one anyway.
-
-        Args:
-            folder: the checkpoint's.
-            step: the optimizer steps taken.
-            writes: whether this process writes what all processes have.
+        The basis is left out where the next step makes a new one. Of what all processes have, the process with `writes`
+        writes one copy.
         """
         if not self.settings.save_state:
             if writes:
@@ -296,7 +276,7 @@ class OgpsaRun:
         save_state(folder, state, None if self.schedule.is_due(step) else self.subspace, self.engine, writes)
 
     def _resume(self, step: int, checkpoint: str) -> None:
-        """Go on with what the checkpoint holds; where it holds no basis, with a new one, and log that."""
+        """Restore the state of a checkpoint; without a basis in it, schedule a refresh and log a warning."""
         stored, reason = None, "`ogpsa_save_state` is false"
         if self.settings.save_state:
             error = None
@@ -318,7 +298,7 @@ class OgpsaRun:
             self._step_log.idle_steps, self._step_log.uncovered_steps = state.idle_steps, state.uncovered_steps
             self._non_finite = torch.tensor(state.non_finite_steps, device=self.engine.device)
             if self.subspace is not None:
-                self._cover()
+                self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
                 if self.host.main:
                     logger.info(f"OGPSA goes on at step {step} with the basis of step {state.refreshed_at}.")
         due = step % self.settings.update_interval == 0 or (stored is not None and self.schedule.is_due(step))
@@ -328,12 +308,12 @@ class OgpsaRun:
                 logger.warning(f"OGPSA recomputes its basis at step {step}, where training resumes: {reason}.")
 
     def end(self) -> None:
-        """Draw the plot and give the basis's memory back."""
+        """Draw the plot and free the basis's memory."""
         self.subspace = None
         if self.settings.plot and self.host.main:
             path = os.path.join(self.host.output_dir, PLOT_NAME)
             try:
                 if plot_log(self.log_path, path):
                     print("Figure saved at:", path)
-            except Exception as err:  # the weights are saved after this: no picture is worth them
+            except Exception as err:  # the weights are saved after this and must not be lost
                 logger.warning(f"OGPSA could not draw {path}: {err}")

@@ -9,9 +9,8 @@ class Schedule:
 
     A tensor may have no reference gradient at the first refresh although it gets one later: the gradient of LoRA's `A`
     is zero while `B` is, and `B` stays zero while the learning rate is (warm-up) and while the scaler skips steps. So
-    a refresh is repeated before the first step whose weights are others than the last refresh saw, as long as tensors
-    without a direction are left. What bounds it: a repeated refresh that gives no further tensor a direction is the
-    last repeated one of the run.
+    a refresh is repeated before the first step after the weights have changed, as long as tensors without a direction
+    are left. A repeated refresh that gives no further tensor a direction is the last repeated one of the run.
 
     Attributes:
         interval: K, in optimizer steps.
@@ -37,33 +36,17 @@ class Schedule:
         return self.refreshed_at is None or step % self.interval == 0 or (self.searching and self.moved)
 
     def refreshed(self, step: int, covered: int, tensors: int) -> None:
-        """Record a refresh.
-
-        Args:
-            step: the optimizer steps taken.
-            covered: the tensors that have a direction now.
-            tensors: all trainable tensors.
-        """
+        """Record a refresh after `step` optimizer steps that gave `covered` of `tensors` trainable tensors a direction."""
         fruitless = self.moved and self.refreshed_at is not None and covered <= self.covered
         self.searching = self.searching and covered < tensors and not fruitless
         self.covered = max(self.covered, covered)
         self.refreshed_at, self.moved = step, False
 
     def stepped(self, moved: bool) -> None:
-        """Record an optimizer step.
-
-        Args:
-            moved: False where it changed no weight: learning rate zero, or skipped by the gradient scaler.
-        """
+        """Record an optimizer step; `moved` is False if it changed no weight (learning rate zero, skipped by the scaler)."""
         self.moved = self.moved or moved
 
 
 def count_refreshes(steps: int, interval: int, repeated: bool) -> int:
-    """Return the refreshes that a run of so many optimizer steps will make.
-
-    Args:
-        steps: the optimizer steps of the run.
-        interval: K.
-        repeated: one is expected to be repeated, because some trainable tensors are zero (LoRA's `B`).
-    """
+    """Return the number of refreshes in a run; `repeated`: one will be repeated, because LoRA's `B` is zero."""
     return -(-steps // interval) + int(repeated and steps > 1 and interval > 1)

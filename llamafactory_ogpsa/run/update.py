@@ -1,15 +1,15 @@
 r"""What an optimizer step did to the reference losses, to first order.
 
-The projection makes the gradient orthogonal to the reference gradients. What the optimizer then does is its own: SGD
-without momentum and weight decay steps along the gradient, AdamW divides it by a running root mean square, remembers
-earlier gradients, and decays the weights. For the change of the weights `ΔW` in one step this module measures
+The projection makes the gradient orthogonal to the reference gradients. The optimizer's step need not be: SGD without
+momentum and weight decay steps along the gradient, AdamW divides it by a running root mean square, adds earlier
+gradients, and decays the weights. For the change of the weights `ΔW` in one step this module measures
 
 - `update_share`, `‖U Uᵀ ΔW‖ / ‖ΔW‖`: the share of the change that lies in the protected subspace;
 - `update_cosine`, `⟨ΔW, r_d⟩ / (‖ΔW‖ ‖r_d‖)` for each reference set `d`;
 - `update_loss_change`, `⟨ΔW, r_d⟩`: what the change does to the reference loss, to first order.
 
-`ΔW` comes from a copy of the weights where few are trainable, else from Adam's state, tensor by tensor, so that no
-second copy of a whole model is ever held.
+`ΔW` comes from a copy of the weights where few are trainable, else from Adam's state, tensor by tensor, without a copy
+of the whole model.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,8 +45,8 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
         optimizer: the optimizer that steps them, without wrappers.
 
     Returns:
-        a function to call after the step; None where the change cannot be had: many weights are trainable, and the
-        optimizer is not one of the Adam family.
+        a function to call after the step; None where many weights are trainable and the optimizer is not of the Adam
+        family, so that the change cannot be read.
     """
     weights = engine.weights()
     elements = sum(weight.size for weight in weights if weight is not None)
@@ -118,22 +118,13 @@ def _adam_changes(
 
 
 def update_figures(subspace: Any, changes: Changes, names: list[str]) -> dict[str, Any]:
-    """Measure a change of the weights; see the top of this module.
-
-    Args:
-        subspace: the run's; its `measure` gives the coefficients of the change.
-        changes: the change.
-        names: the names of the reference sets.
-
-    Returns:
-        the figures by their names in the log; for a change of zero they are 0.
-    """
+    """Measure a change of the weights; return the figures by their names in the log, all 0 for a change of zero."""
     coefficients, squared_norm = subspace.measure(changes)
     norm = squared_norm.sqrt()
     figures: dict[str, Any] = {"update_share": ratio(coefficients.square().sum().sqrt(), norm).item()}
     geometry = subspace.geometry
     if geometry is not None:
-        overlap = torch.einsum("gnr,gr,gn->n", geometry.references, coefficients, geometry.shares)
-        figures["update_cosine"] = dict(zip(names, ratio(overlap, norm).tolist(), strict=True))
-        figures["update_loss_change"] = dict(zip(names, (overlap * geometry.norms).tolist(), strict=True))
+        overlaps = geometry.overlaps(coefficients)
+        figures["update_cosine"] = dict(zip(names, ratio(overlaps, norm).tolist(), strict=True))
+        figures["update_loss_change"] = dict(zip(names, (overlaps * geometry.norms).tolist(), strict=True))
     return figures

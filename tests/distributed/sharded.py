@@ -82,8 +82,8 @@ def build(engine, model, scope, rank=None, parts=1, sets=None):
     rows = [torch.full((len(sets) * parts, size), 7.0) for size in engine.sizes]
     indices = [list(range(len(reference.samples))) for reference in sets]
     losses = reference_gradients(sets, indices, parts, 3, model, engine, rows)
-    groups, num_groups = assign_groups(len(engine.names), scope)
-    basis, geometry = orthonormalise_(rows, groups, num_groups, rank, engine.device, parts, engine.processes)
+    groups = assign_groups(len(engine.names), scope)
+    basis, geometry = orthonormalise_(rows, groups, rank, engine.device, parts, engine.processes)
     return Subspace(engine.names, basis, geometry, groups, engine.device, engine.processes), losses
 
 

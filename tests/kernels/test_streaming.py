@@ -7,7 +7,7 @@ import torch
 from kernel_cases import IMPLEMENTATIONS, Case, assert_close
 
 from llamafactory_ogpsa.kernels import make_plan
-from llamafactory_ogpsa.kernels.streaming import StreamedBasis
+from llamafactory_ogpsa.kernels.basis import StreamedBasis
 from llamafactory_ogpsa.kernels.torch_plan import TorchPlan
 from llamafactory_ogpsa.kernels.triton_plan import TritonPlan
 

@@ -201,7 +201,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(v1_args, data_dir, monk
         "`ogpsa_rank` is 0; allowed: a positive integer": {"ogpsa_rank": 0},
         "`ogpsa_rnak` is given, which OGPSA does not have": {"ogpsa_rnak": 2},
         "`ogpsa_save_state` is True, but the checkpoints": {"ogpsa_save_state": True},
-        "`resume_from_checkpoint` is 'auto', which OGPSA does not do": {"resume_from_checkpoint": "auto"},
+        "`resume_from_checkpoint` is 'auto', which OGPSA does not support": {"resume_from_checkpoint": "auto"},
         "`batching_strategy` is 'padding_free', which": {"batching_strategy": "padding_free"},
         "`dist_config.name` is 'deepspeed', which": {"dist_config": {"name": "deepspeed"}},
         "`cp_size` is 2, which": {"dist_config": {"name": "fsdp2", "cp_size": 2}},

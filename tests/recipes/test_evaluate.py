@@ -160,7 +160,7 @@ def test_the_command_line_of_the_harness():
     [
         ("--xstest", None, "does not exist"),
         ("--xstest", "id,type,prompt\n1,x,ba\n", "the columns [label] are missing; found: [id, type, prompt]"),
-        ("--xstest", "prompt,label\nba,safe\n", "those labelled unsafe are asked, has no prompt for this task"),
+        ("--xstest", "prompt,label\nba,safe\n", "(label unsafe) has no prompt for this task"),
         ("--strongreject", "text\nba\n", "[forbidden_prompt] or [prompt] are missing; found: [text]"),
     ],
 )

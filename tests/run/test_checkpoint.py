@@ -29,8 +29,8 @@ def make_run(dtype=torch.float32, scope="parameter", equal=False):
     rows = [torch.randn(3, size, generator=generator).to(dtype) for size in engine.sizes]
     for row in rows if equal else ():
         row[1:] = row[:1]
-    groups, num_groups = assign_groups(len(rows), scope)
-    subspace = Subspace(engine.names, *orthonormalise_(rows, groups, num_groups), groups)
+    groups = assign_groups(len(rows), scope)
+    subspace = Subspace(engine.names, *orthonormalise_(rows, groups), groups)
 
     settings = SimpleNamespace(
         rank=3, scope=scope, basis_dtype=str(dtype).removeprefix("torch."), basis_device="auto", kernel="torch"

@@ -1,4 +1,4 @@
-"""What the task files beside this one refer to by `!function`; lm-evaluation-harness loads this file by its path."""
+"""Functions for the task files in this folder (`!function`); lm-evaluation-harness loads this file by its path."""
 
 import datasets
 
@@ -21,7 +21,7 @@ def _xstest(label: str, source: str, judge: str) -> dict[str, datasets.Dataset]:
     rows = load(source, None, SPLITS)
     find_schema(rows, source, ("prompt", "label"))
     prompts = [row["prompt"] for row in rows if row["label"] == label]
-    return _tasks(prompts, f"{source}, of whose prompts those labelled {label} are asked,", judge)
+    return _tasks(prompts, f"{source} (label {label})", judge)
 
 
 def xstest_safe(xstest: str = XSTEST, judge: str = "", **_) -> dict[str, datasets.Dataset]:
