@@ -1,7 +1,7 @@
 """Try the kernels' and the end-to-end tests in environments of other versions, and write the table of docs/compatibility.md.
 
-    python scripts/matrix.py [--only NAME ...] [--keep]
-    python scripts/matrix.py --source FOLDER [--keep]
+    python scripts/matrix.py [--only NAME ...] [--tests PATH ...] [--folder FOLDER]
+    python scripts/matrix.py --source FOLDER [--tests PATH ...] [--own PATH ...] [--folder FOLDER]
 
 Each environment is built from nothing in a temporary folder, a few minutes and some GiB each. An environment whose
 Python is not on this machine is left as the table has it.
@@ -9,9 +9,13 @@ Python is not on this machine is left as the table has it.
 With `--source`, a LLaMA-Factory in a folder (a clone of its main branch) takes the place of the released ones: the same
 tests, then its own tests with and without this package, compared test by test. The exit status is 1 where one of ours
 fails or one of its own differs; the page is not written.
+
+With `--folder`, environments and reports are kept there, and another call with the same folder goes on where an
+interrupted one stopped: a file of tests that has a report is not run again. Remove its report to run it again.
 """
 
 import argparse
+import datetime
 import os
 import re
 import shutil
@@ -30,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "compatibility.md"
 TESTS = ["tests/test_autoload.py", "tests/kernels", "tests/plugin"]
 SOURCE_TESTS = ["tests", "tests_v1"]  # LLaMA-Factory's own
+ENDED = {0, 1, 5}  # pytest's exit status where all tests ran: all passed, some failed, there were none
 BEGIN, END = "<!-- table: scripts/matrix.py -->", "<!-- end of table -->"
 
 
@@ -88,38 +93,76 @@ def install(python: str, folder: Path, requirements: Sequence[str]) -> str | Non
     return None
 
 
-def run_tests(folder: Path, root: Path, tests: Sequence[str], *options: str) -> dict[str, str] | str:
-    """Run tests in an environment.
+def find_tests(root: Path, paths: Sequence[str]) -> list[str]:
+    """Return the files of tests among files and folders under `root`."""
+    return [
+        str(file.relative_to(root))
+        for path in paths
+        for file in (sorted((root / path).rglob("test_*.py")) if (root / path).is_dir() else [root / path])
+    ]
+
+
+def run_files(folder: Path, root: Path, files: Sequence[str], *options: str, label: str) -> dict[str, str] | str:
+    """Run files of tests one after another; return the results of all of them, or why one does not end.
 
     Args:
         folder: the environment.
         root: the folder that the tests are in, and run in.
-        tests: their files and folders.
+        files: relative to `root`.
+        options: for pytest.
+        label: begins the names of the reports.
+    """
+    results: dict[str, str] = {}
+    for file in files:
+        report = folder / "reports" / f"{label}-{file.replace('/', '-')}.xml"
+        one = run_tests(folder, root, file, report, *options)
+        print(f"  {label} {file}: {summarise(one)}", flush=True)
+        print_failures(one)
+        if isinstance(one, str):
+            return f"{file}: {one}"
+        results |= one
+    return results
+
+
+def run_tests(folder: Path, root: Path, file: str, report: Path, *options: str) -> dict[str, str] | str:
+    """Run a file of tests in an environment, unless its report is there already.
+
+    Args:
+        folder: the environment.
+        root: the folder that the tests are in, and run in.
+        file: the file of tests, or a folder with some.
+        report: where the report is written.
         options: for pytest.
 
     Returns:
-        `passed`, `failed` or `skipped` by the name of the test; or why the tests do not start.
+        `passed`, `failed` or `skipped` by the name of the test; or why the tests do not end.
     """
-    report = folder / "report.xml"
-    report.unlink(missing_ok=True)
+    if report.exists():
+        return read_report(report)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    part = report.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    # A package on PYTHONPATH would be there although it is not installed.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = [
+        folder / "bin" / "python",
+        "-m",
+        "pytest",
+        file,
+        f"--junitxml={part}",
+        "--continue-on-collection-errors",
+    ]
     process = subprocess.run(
-        [
-            folder / "bin" / "python",
-            "-m",
-            "pytest",
-            *tests,
-            f"--junitxml={report}",
-            "-p",
-            "no:cacheprovider",
-            *options,
-        ],
+        [*command, "-p", "no:cacheprovider", *options],
         cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"},
+        env={**env, "OMP_NUM_THREADS": "1", "PATH": path},
         capture_output=True,
         text=True,
     )
-    if not report.exists():
-        return f"the tests do not start: {last_line(process.stderr, process.stdout, process.returncode)}"
+    if process.returncode not in ENDED or not part.exists():
+        return f"the tests do not end: {last_line(process.stderr, process.stdout, process.returncode)}"
+    os.replace(part, report)  # an interrupted pytest writes a report too
     return read_report(report)
 
 
@@ -143,14 +186,12 @@ def summarise(results: dict[str, str] | str) -> str:
     return f"{counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped"
 
 
-def try_environment(environment: Environment, python: str, folder: Path) -> str:
-    """Build an environment with an interpreter and run the tests in it; return the result in words."""
+def try_environment(environment: Environment, python: str, folder: Path, tests: Sequence[str]) -> str:
+    """Build an environment with an interpreter and run tests in it; return the result in words, with its date."""
     problem = install(python, folder, environment.requirements)
-    if problem:
-        return problem
-    results = run_tests(folder, ROOT, TESTS)
-    print_failures(results)
-    return summarise(results)
+    result = problem or summarise(run_files(folder, ROOT, find_tests(ROOT, tests), label="ours"))
+    selected = "" if tests == TESTS else f", only {', '.join(f'`{path}`' for path in tests)}"
+    return f"{result} ({datetime.date.today().isoformat()}{selected})"
 
 
 def print_failures(results: dict[str, str] | str) -> None:
@@ -160,44 +201,46 @@ def print_failures(results: dict[str, str] | str) -> None:
             print(f"  failed: {name}", file=sys.stderr)
 
 
-def try_source(source: Path, python: str, folder: Path) -> bool:
+def try_source(source: Path, python: str, folder: Path, tests: Sequence[str], own: Sequence[str]) -> bool:
     """Try a LLaMA-Factory from a folder: our tests with it, and its own tests with and without this package.
 
     Args:
         source: the folder, a clone of LLaMA-Factory; it is copied first, and not changed.
         python: the interpreter.
-        folder: an empty folder for the environment and the copy.
+        folder: for the environment and the copy.
+        tests: ours, files and folders of this project.
+        own: its own, files and folders of the clone; those that it does not have are left out.
 
     Returns:
         whether all of our tests pass, and all of its own have the same result with and without the package.
     """
     copy, environment = folder / "source", folder / "environment"
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns(".git", "*.egg-info", "__pycache__"))
+    ignore = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__")
+    shutil.copytree(source, copy, ignore=ignore, dirs_exist_ok=True)
     problem = install(python, environment, [str(copy)])
     if problem:
         print(f"{source}: {problem}", flush=True)
         return False
 
-    ours = run_tests(environment, ROOT, TESTS)
-    print_failures(ours)
+    ours = run_files(environment, ROOT, find_tests(ROOT, tests), label="ours")
     print(f"end-to-end tests: {summarise(ours)}", flush=True)
 
-    folders = [name for name in SOURCE_TESTS if (copy / name).is_dir()]
+    paths = [path for path in own if (copy / path).exists()]
     options = ("--import-mode=importlib",)  # as its Makefile runs them: two of its folders have files of one name
-    with_package = {name: run_tests(environment, copy, [name], *options) for name in folders}
+    with_package = {path: run_files(environment, copy, [path], *options, label="with") for path in paths}
     uninstall = [environment / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "llamafactory-ogpsa"]
     subprocess.run(uninstall, check=True)
-    without = {name: run_tests(environment, copy, [name], *options) for name in folders}
+    without = {path: run_files(environment, copy, [path], *options, label="without") for path in paths}
 
-    equal = bool(folders)
-    for name in folders:
-        print(f"its {name} with the package: {summarise(with_package[name])}", flush=True)
-        print(f"its {name} without it: {summarise(without[name])}", flush=True)
-        lines = differences(with_package[name], without[name])
+    equal = bool(paths)
+    for path in paths:
+        print(f"its {path} with the package: {summarise(with_package[path])}", flush=True)
+        print(f"its {path} without it: {summarise(without[path])}", flush=True)
+        lines = differences(with_package[path], without[path])
         print("\n".join(lines) if lines else "  no test differs", flush=True)
         equal = equal and not lines
-    if not folders:
-        print(f"{source} has none of {', '.join(SOURCE_TESTS)}: nothing to compare", flush=True)
+    if not paths:
+        print(f"{source} has none of {', '.join(own)}: nothing to compare", flush=True)
     return equal and isinstance(ours, dict) and "passed" in ours.values() and "failed" not in ours.values()
 
 
@@ -232,7 +275,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[item.name for item in ENVIRONMENTS], metavar="NAME")
     parser.add_argument("--source", type=Path, metavar="FOLDER", help="a LLaMA-Factory to try instead")
-    parser.add_argument("--keep", action="store_true", help="leave the environments where they were built")
+    parser.add_argument("--tests", nargs="+", default=TESTS, metavar="PATH", help="of ours, only these")
+    parser.add_argument(
+        "--own", nargs="+", default=SOURCE_TESTS, metavar="PATH", help="of LLaMA-Factory's, only these"
+    )
+    parser.add_argument("--folder", type=Path, help="keep environments and reports there, and go on from them")
     options = parser.parse_args()
     unknown = set(options.only) - {item.name for item in ENVIRONMENTS}
     if unknown:
@@ -240,9 +287,15 @@ def main() -> None:
     if options.source is not None and not (options.source / "src" / "llamafactory").is_dir():
         parser.error(f"--source is {str(options.source)!r}; allowed: a folder with LLaMA-Factory's src/llamafactory")
 
+    missing = [path for path in options.tests if not (ROOT / path).exists()]
+    if missing:
+        parser.error(
+            f"--tests has {missing[0]!r}, which is not there; allowed: files and folders of tests, from {ROOT}"
+        )
+
     if options.source is not None:
-        with environment_folder(options.keep) as folder:
-            sys.exit(not try_source(options.source, sys.executable, folder))
+        with environment_folder(options.folder, "source") as folder:
+            sys.exit(not try_source(options.source, sys.executable, folder, options.tests, options.own))
 
     results = read_table()
     for environment in ENVIRONMENTS:
@@ -252,23 +305,21 @@ def main() -> None:
         if python is None:
             print(f"{environment.name}: python{environment.python} is not here", flush=True)
             continue
-        with environment_folder(options.keep) as folder:
-            results[environment.name] = try_environment(environment, python, folder)
+        with environment_folder(options.folder, environment.name.replace(" ", "-")) as folder:
+            results[environment.name] = try_environment(environment, python, folder, options.tests)
         print(f"{environment.name}: {results[environment.name]}", flush=True)
         write_table(results)
 
 
 @contextmanager
-def environment_folder(keep: bool) -> Iterator[Path]:
-    """Make a temporary folder, removed at the end unless it is to be kept."""
-    folder = Path(tempfile.mkdtemp(prefix="ogpsa-matrix-"))
-    try:
-        yield folder
-    finally:
-        if keep:
-            print(f"kept: {folder}", flush=True)
-        else:
-            shutil.rmtree(folder)
+def environment_folder(folder: Path | None, name: str) -> Iterator[Path]:
+    """Give a folder of this name in the one that is kept, or a temporary one that is removed at the end."""
+    if folder is not None:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        yield (folder / name).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="ogpsa-matrix-") as temporary:
+        yield Path(temporary)
 
 
 if __name__ == "__main__":

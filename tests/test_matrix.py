@@ -1,5 +1,6 @@
 """What scripts/matrix.py says of an environment in which nothing works, which Pythons it takes, and what it compares."""
 
+import datetime
 import re
 import sys
 from pathlib import Path
@@ -31,8 +32,67 @@ def test_a_step_that_fails_is_told_by_its_last_line(tmp_path, monkeypatch, print
         return SimpleNamespace(returncode=-9 if command[2] == failing else 0, **printed)
 
     monkeypatch.setattr(matrix.subprocess, "run", run)
-    what = {"pip": "cannot be installed", "pytest": "the tests do not start"}[failing]
-    assert matrix.try_environment(matrix.ENVIRONMENTS[0], sys.executable, tmp_path) == f"{what}: {told[failing]}"
+    what = {"pip": "cannot be installed", "pytest": "tests/test_autoload.py: the tests do not end"}[failing]
+    result = matrix.try_environment(matrix.ENVIRONMENTS[0], sys.executable, tmp_path, matrix.TESTS)
+    assert result == f"{what}: {told[failing]} ({datetime.date.today().isoformat()})"
+
+
+def fake_pytest(monkeypatch, status, calls):
+    """Let a run of pytest write REPORT and end with a status; keep the environments of the runs."""
+
+    def run(command, **kwargs):
+        if command[2] == "pytest":
+            calls.append(kwargs["env"])
+            part = next(word for word in map(str, command) if word.startswith("--junitxml="))
+            Path(part.removeprefix("--junitxml=")).write_text(REPORT)
+        return SimpleNamespace(returncode=status if command[2] == "pytest" else 0, stdout="told\n", stderr="")
+
+    monkeypatch.setattr(matrix.subprocess, "run", run)
+
+
+def test_a_file_that_has_a_report_is_not_run_again(tmp_path, monkeypatch):
+    calls = []
+    fake_pytest(monkeypatch, 1, calls)
+    run = lambda: matrix.run_files(tmp_path, matrix.ROOT, ["tests/a.py", "tests/b.py"], label="ours")
+    once = run()
+    assert once == run() == matrix.read_report(tmp_path / "reports" / "ours-tests-a.py.xml")
+    assert len(calls) == 2
+    (tmp_path / "reports" / "ours-tests-a.py.xml").unlink()
+    assert run() == once
+    assert len(calls) == 3
+
+
+def test_a_package_on_pythonpath_is_not_seen(tmp_path, monkeypatch):
+    calls = []
+    fake_pytest(monkeypatch, 0, calls)
+    monkeypatch.setenv("PYTHONPATH", str(matrix.ROOT))
+    matrix.run_files(tmp_path, matrix.ROOT, ["tests/a.py"], label="ours")
+    assert "PATH" in calls[0]
+    assert "PYTHONPATH" not in calls[0]
+
+
+@pytest.mark.parametrize("status", [2, -11], ids=["interrupted", "crashed"])
+def test_a_run_that_does_not_end_leaves_no_report(tmp_path, monkeypatch, status):
+    fake_pytest(monkeypatch, status, [])
+    result = matrix.run_files(tmp_path, matrix.ROOT, ["tests/a.py", "tests/b.py"], label="ours")
+    assert result == "tests/a.py: the tests do not end: told"
+    assert list((tmp_path / "reports").glob("*.xml")) == []
+
+
+def test_a_selection_of_tests_is_told(tmp_path, monkeypatch):
+    fake_pytest(monkeypatch, 0, [])
+    tests = ["tests/test_autoload.py", "tests/plugin/test_v1.py"]
+    result = matrix.try_environment(matrix.ENVIRONMENTS[0], sys.executable, tmp_path, tests)
+    today = datetime.date.today().isoformat()
+    told = "only `tests/test_autoload.py`, `tests/plugin/test_v1.py`"
+    assert result == f"1 passed, 2 failed, 1 skipped ({today}, {told})"
+
+
+def test_folders_of_tests_are_their_files(tmp_path):
+    for name in ("one/test_b.py", "one/deep/test_a.py", "one/conftest.py", "test_c.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert matrix.find_tests(tmp_path, ["test_c.py", "one"]) == ["test_c.py", "one/deep/test_a.py", "one/test_b.py"]
 
 
 @pytest.mark.parametrize("status", [0, 127])
@@ -68,7 +128,7 @@ def test_what_differs_with_and_without_the_package_is_named():
         "  differs: a: failed with, passed without",
         "  differs: c: not run with, passed without",
     ]
-    assert matrix.differences("the tests do not start: x", same) == ["  cannot be compared: the tests do not start: x"]
+    assert matrix.differences("the tests do not end: x", same) == ["  cannot be compared: the tests do not end: x"]
 
 
 RESULTS = {"ours": {"o": "passed"}, "tests": {"a": "passed", "b": "failed"}, "tests_v1": {"c": "skipped"}}
@@ -80,7 +140,7 @@ RESULTS = {"ours": {"o": "passed"}, "tests": {"a": "passed", "b": "failed"}, "te
         ({}, 0),
         ({("tests", False): {"a": "passed", "b": "passed"}}, 1),
         ({("ours", True): {"o": "failed"}}, 1),
-        ({("ours", True): "the tests do not start: x"}, 1),
+        ({("ours", True): "the tests do not end: x"}, 1),
         ({("ours", True): {"o": "skipped"}}, 1),
     ],
     ids=["equal", "differs", "ours fail", "ours do not start", "ours are all skipped"],
@@ -91,17 +151,17 @@ def test_a_source_passes_where_ours_pass_and_its_own_do_not_differ(tmp_path, mon
         (source / name).mkdir(parents=True)
     steps = []
 
-    def run_tests(folder, root, tests, *options):
+    def run_tests(folder, root, file, report, *options):
         installed = "uninstall" not in steps
-        name = "ours" if root == matrix.ROOT else tests[0]
-        assert root == matrix.ROOT or (root != source and (root / tests[0]).is_dir() and not (root / ".git").exists())
+        name = "ours" if root == matrix.ROOT else file
+        assert root == matrix.ROOT or (root != source and (root / file).is_dir() and not (root / ".git").exists())
         steps.append((name, installed))
         return change.get((name, installed), RESULTS[name])
 
     monkeypatch.setattr(matrix, "run_tests", run_tests)
     monkeypatch.setattr(matrix, "install", lambda python, folder, requirements: steps.append("install"))
     monkeypatch.setattr(matrix.subprocess, "run", lambda command, **kwargs: steps.append(command[3]))
-    monkeypatch.setattr(sys, "argv", ["matrix.py", "--source", str(source)])
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--source", str(source), "--tests", "tests/test_autoload.py"])
     with pytest.raises(SystemExit) as ended:
         matrix.main()
     assert ended.value.code == status
@@ -123,6 +183,14 @@ def test_a_folder_that_is_no_llamafactory_is_refused(tmp_path, monkeypatch, caps
         matrix.main()
     assert ended.value.code == 2
     assert "allowed: a folder with LLaMA-Factory's src/llamafactory" in capsys.readouterr().err
+
+
+def test_tests_that_are_not_there_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--tests", "tests/test_none.py"])
+    with pytest.raises(SystemExit) as ended:
+        matrix.main()
+    assert ended.value.code == 2
+    assert "--tests has 'tests/test_none.py', which is not there" in capsys.readouterr().err
 
 
 def test_the_versions_that_errors_name_are_those_that_are_tried():

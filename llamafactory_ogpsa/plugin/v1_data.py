@@ -59,7 +59,7 @@ def read_sets(settings: Settings) -> list[RecordSet]:
 def read_entries(data: Any, num_samples: int) -> dict[str, list[dict[str, Any]]]:
     """Return the first records of every entry of a DataEngine, converted to v1's format."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in data.dataset_infos}
-    for position, (name, _) in enumerate(data.data_index):
+    for position, (name, *_) in enumerate(data.data_index):  # from 0.9.6 on with the turn that is cut at
         if len(found[name]) < num_samples:
             found[name].append(data[position])
     return found

@@ -32,7 +32,7 @@ def v1_args(model_dir, data_dir, tmp_path):
     sgd()
     return {
         "model": model_dir,
-        "template": "chatml",
+        **({"template": "chatml"} if has_templates() else {}),
         "train_dataset": write("train", "safety"),
         "output_dir": str(tmp_path / "out"),
         "micro_batch_size": 24,
@@ -47,6 +47,13 @@ def v1_args(model_dir, data_dir, tmp_path):
         "seed": 7,
         "general": write("general", "helpful", "truthful"),
     }
+
+
+def has_templates():
+    """Return whether v1 has templates of its own: 0.9.5. Later ones take the model's, or ChatML where it has none."""
+    from llamafactory.v1.config import ModelArguments
+
+    return hasattr(ModelArguments, "template")
 
 
 def sgd():
@@ -89,11 +96,14 @@ def losses(args, data_dir, name):
             ids, labels = [], []
             for message in record["messages"]:
                 text = "".join(part["value"] for part in message["content"])
-                tokens = tokenizer.encode(
-                    f"<|im_start|>{message['role']}\n{text}<|im_end|>\n", add_special_tokens=False
+                header, body = (
+                    tokenizer.encode(part, add_special_tokens=False)
+                    for part in (f"<|im_start|>{message['role']}\n", f"{text}<|im_end|>\n")
                 )
-                ids += tokens
-                labels += tokens if message["role"] == "assistant" else [-100] * len(tokens)
+                answer = message["role"] == "assistant"
+                ids += header + body
+                labels += header if answer and has_templates() else [-100] * len(header)  # 0.9.5 learns it too
+                labels += body if answer else [-100] * len(body)
             ids, labels = torch.tensor([ids]), torch.tensor(labels)
             log_probs = model(ids).logits[0, :-1].log_softmax(-1)
             kept = labels[1:] != -100
