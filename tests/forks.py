@@ -30,14 +30,14 @@ class Finished(NamedTuple):
     output: str
 
 
-def _start(rank, log, env, work, arguments):
+def _start(log, env, work, arguments):
     """Be a process of one run: print into its log and work."""
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
-    os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
+    os.environ.update(env)
     work(*arguments)
 
 
@@ -56,14 +56,15 @@ def fork(folder, work, *arguments, processes=1, env=()):
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    env = dict(env)
+    envs = [dict(env) for _ in range(processes)]
     if processes > 1:
-        env |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        together = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        together |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        envs = [{**env, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank, env in enumerate(envs)]
     logs = [os.path.join(folder, f"rank-{rank}.log") for rank in range(processes)]
     started = [
-        context.Process(target=_start, args=(rank, log, env, work, arguments), daemon=True)
-        for rank, log in enumerate(logs)
+        context.Process(target=_start, args=(log, env, work, arguments), daemon=True)
+        for log, env in zip(logs, envs, strict=True)
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported, by the server that the first starts
