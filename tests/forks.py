@@ -32,7 +32,7 @@ class Finished(NamedTuple):
 
 def _start(log, env, work, arguments):
     """Be a process of one run: print into its log and work."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
