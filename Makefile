@@ -27,13 +27,9 @@ lab-real: $(STAMP) $(MODEL_STAMP)
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
 
-# All of `python -m pytest`, two files at a time; runs of several processes and the browser have the cores alone.
-ALONE := tests/distributed tests/webui
+# All of `python -m pytest`, two files at a time, in the order of tests/conftest.py.
 test: $(STAMP) $(MODEL_STAMP)
-	@status=0; set -x; \
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ALONE:%=--ignore %) || status=1; \
-	$(BIN)/python -m pytest $(ALONE) || status=1; \
-	exit $$status
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

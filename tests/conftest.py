@@ -24,6 +24,25 @@ if not torch.cuda.is_available():
     # Before anything imports Triton: it decides at its import whether kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# The files that take longest, which are begun first: at the end no core waits for the other.
+LONGEST = [
+    "distributed/test_processes.py",
+    "webui/test_browser.py",
+    "distributed/test_resume_processes.py",
+    "test_lab.py",
+    "plugin/test_resume.py",
+    "distributed/test_fsdp.py",
+    "distributed/test_launch.py",
+    "distributed/test_zero_engines.py",
+    "webui/test_deepspeed.py",
+]
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 WORDS = [f"{a}{b}" for a in "bdfgklmnprst" for b in ("a", "e", "i", "o", "u")]
 
 

@@ -6,10 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
+from conftest import run_here
 
 from lab import ROOT, report
 from lab.plan import Plan
@@ -222,12 +222,11 @@ def test_merged_weights_lie_between(lab):
 
 
 @pytest.mark.cli
-def test_a_run_by_hand_and_a_repeated_one_give_the_same_and_finished_ones_stay(lab, tmp_path):
+def test_a_run_by_hand_and_a_repeated_one_give_the_same_and_finished_ones_stay(lab, tmp_path, monkeypatch):
     run = sorted((lab / "lab" / "runs").glob("sft-ogpsa*/train.yaml"))[0]
     options = yaml.safe_load(run.read_text()) | {"output_dir": str(tmp_path / "out")}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(options))
-    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(tmp_path / "run.yaml")]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    monkeypatch.chdir(ROOT)
+    run_here(options)
     first = (run.parent / "train" / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == first
 

@@ -1,13 +1,11 @@
-"""Run LLaMA-Factory on a YAML, with values that are not finite in the last process alone: `python poisoned.py CONFIG`.
+"""Run LLaMA-Factory with values that are not finite in the last process alone.
 
 NaN in a reference loss of the second refresh, and inf in the safety gradient of step 4.
 """
 
 import os
-import sys
-from pathlib import Path
 
-import yaml
+from conftest import run_here
 from transformers import TrainerCallback
 
 
@@ -21,19 +19,17 @@ class Poison(TrainerCallback):
         self.step = state.global_step
 
 
-if __name__ == "__main__":
-    from llamafactory.train.tuner import run_exp
-
+def train(args):
     from llamafactory_ogpsa.plugin.trainer import StageLoss
 
     poison, stock, number = Poison(), StageLoss.__call__, 0
 
     def spoiled(self, batch, weight, total):
-        global number
+        nonlocal number
         number += poison.step == 2
         return stock(self, batch, weight, total) * (float("nan") if poison.step == 2 and number == 2 else 1.0)
 
     callbacks = []
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         StageLoss.__call__, callbacks = spoiled, [poison]
-    run_exp(yaml.safe_load(Path(sys.argv[1]).read_text()), callbacks=callbacks)
+    run_here(args, callbacks=callbacks)

@@ -1,7 +1,6 @@
 """What the processes of test_shards.py do: FSDP2 on a gloo mesh, against the same model whole."""
 
 import copy
-import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,11 +21,10 @@ from llamafactory_ogpsa.run.refresh_inputs import InputBasis
 from llamafactory_ogpsa.subspace import Subspace
 
 
-def start(rank, world_size, folder, work, *arguments):
+def start(work, *arguments):
     """Join the processes and work."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group("gloo")
     work(*arguments)
     dist.barrier()  # none leaves while another is still in its last collective
     dist.destroy_process_group()

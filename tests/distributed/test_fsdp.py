@@ -1,4 +1,4 @@
-"""FSDP2 end to end: `accelerate launch` with two gloo processes against one process with the same global batch."""
+"""FSDP2 end to end: two gloo processes against one process with the same global batch."""
 
 import json
 import os
@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsdp
 import pytest
 import torch
 import yaml
 from conftest import OGPSA, WORDS, load_weights, make_model_dir, read_rows, rows_of, run_here
+from forks import fork, run_forked
 from test_resume_processes import take_checkpoint
 
-
-pytestmark = pytest.mark.cli
 
 HERE = Path(__file__).parent
 
@@ -44,18 +44,24 @@ RUNS = {
 }
 
 
-def launch(args, tmp_path, **changes):
-    """Run `accelerate launch` on LLaMA-Factory, with changes of the FSDP settings; return the finished process."""
-    config = {**CONFIG, "fsdp_config": {**CONFIG["fsdp_config"], **changes}}
-    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(config))
+# What `accelerate launch` hands to the processes.
+ENV = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_USE_FSDP": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+for key, value in CONFIG["fsdp_config"].items():
+    ENV[key.upper()] = value if isinstance(value, str) else str(value).lower()
+
+
+def launch(args, tmp_path):
+    """Run `accelerate launch` on LLaMA-Factory."""
+    (tmp_path / "accelerate.yaml").write_text(yaml.safe_dump(CONFIG))
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(args))
     words = ["launch", "--config_file", tmp_path / "accelerate.yaml", "-m", "llamafactory.launcher"]
-    return subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words, tmp_path / "run.yaml"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": f"{HERE / 'fsdp_on_cpu'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
     )
+    assert process.returncode == 0, process.stderr[-6000:]
 
 
 def load_sharded(checkpoint, tmp_path):
@@ -85,8 +91,10 @@ def test_two_processes_do_what_one_does(base_args, tmp_path, name):
         "save_steps": 4,
     }
     two = {**args, "per_device_train_batch_size": 2, "ddp_backend": "gloo", "output_dir": str(tmp_path / "two")}
-    process = launch(two, tmp_path)
-    assert process.returncode == 0, process.stderr[-6000:]
+    if name == "sft full":
+        launch(two, tmp_path)
+    else:
+        run_forked(tmp_path, fsdp.train, two, processes=2, env=ENV)
     run_here(args)
 
     (steps, refreshes), (expected_steps, expected_refreshes) = map(read_rows, (two["output_dir"], args["output_dir"]))
@@ -122,14 +130,12 @@ def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
     args = {**base_args, **OGPSA, "ddp_backend": "gloo", "ogpsa_update_interval": 3, "max_steps": 6}
     args |= {"model_name_or_path": make_model_dir(tmp_path / "model", tie=False)}
     args |= {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "steps", "save_steps": 2}
-    finished = launch(args, tmp_path)
-    assert finished.returncode == 0, finished.stderr[-6000:]
+    run_forked(tmp_path, fsdp.train, args, processes=2, env=ENV)
     out, whole = Path(args["output_dir"]), tmp_path / "whole"
     shutil.copytree(out, whole)
     checkpoint = take_checkpoint(out, 4, tmp_path / "taken")
 
-    resumed = launch({**args, "resume_from_checkpoint": str(checkpoint)}, tmp_path)
-    assert resumed.returncode == 0, resumed.stderr[-6000:]
+    run_forked(tmp_path, fsdp.train, {**args, "resume_from_checkpoint": str(checkpoint)}, processes=2, env=ENV)
     assert not (out / "checkpoint-2").exists()  # which a run from the start would have saved
     weights, expected = (load_sharded(run / "checkpoint-6", tmp_path) for run in (out, whole))
     assert weights.keys() == expected.keys()
@@ -138,11 +144,8 @@ def test_a_run_goes_on_from_a_checkpoint(base_args, tmp_path):
 
 
 def test_fsdp1_is_refused_by_name(base_args, tmp_path):
-    process = launch(
-        {**base_args, **OGPSA, "ddp_backend": "gloo"},
-        tmp_path,
-        fsdp_version=1,
-        fsdp_reshard_after_forward="FULL_SHARD",
-    )
-    assert process.returncode != 0
-    assert "`fsdp_version` is 1 under OGPSA; allowed: 2 (FSDP2, PyTorch's `fully_shard`)." in process.stderr
+    args = {**base_args, **OGPSA, "ddp_backend": "gloo"}
+    env = {**ENV, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
+    finished = fork(tmp_path, fsdp.train, args, processes=2, env=env)
+    assert all(finished.codes)
+    assert "`fsdp_version` is 1 under OGPSA; allowed: 2 (FSDP2, PyTorch's `fully_shard`)." in finished.output

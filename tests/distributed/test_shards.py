@@ -2,12 +2,12 @@
 
 import pytest
 import sharded
-import torch
+from forks import run_forked
 
 
 def on_processes(world_size, tmp_path, work, *arguments):
     """Run a function of `sharded` in processes of their own; a failure in any of them fails the test."""
-    torch.multiprocessing.spawn(sharded.start, (world_size, str(tmp_path), work, *arguments), nprocs=world_size)
+    run_forked(tmp_path, sharded.start, work, *arguments, processes=world_size)
 
 
 @pytest.mark.parametrize(

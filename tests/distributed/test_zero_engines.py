@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import sharded
-import torch
+from forks import run_forked
 
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -35,4 +35,4 @@ def test_partitions_are_measured_like_the_whole(tmp_path, monkeypatch, stage, of
         pytest.skip("DeepSpeed has no fp16 on this processor")
     tolerance = {"float32": 1e-5, "float16": 0.01, "bfloat16": 0.05}[dtype]
     work = (zero_engines.measure_like_the_whole, stage, offload, dtype, scope, tolerance)
-    torch.multiprocessing.spawn(sharded.start, (processes, str(tmp_path), *work), nprocs=processes)
+    run_forked(tmp_path, sharded.start, *work, processes=processes)

@@ -78,34 +78,6 @@ def test_runs_from_end_to_end(monkeypatch, tmp_path, capsys):
     assert str(tmp_path / "out.png") in out
 
 
-@pytest.mark.parametrize("option", ["--scale", "--micro-batches", "--repeats"])
-def test_a_size_of_zero_is_told(option, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["projection.py", option, "0"])
-    with pytest.raises(SystemExit):
-        projection.main()
-    assert f"{option} is 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_nothing_of_the_picture_is_cut_off(number, monkeypatch, tmp_path):
-    def save(figure, path, **_):
-        figure.canvas.draw()
-        drawn = figure.get_tightbbox()
-        width, height = figure.get_size_inches()
-        boxes.append(drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height)
-
-    boxes = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
-    rows = [
-        dict(model=model, rank=2, implementation=name, skipped=None, seconds=1e-3, elements=1000)
-        for model in list(projection.MODELS)[:number]
-        for name in projection.IMPLEMENTATIONS
-    ]
-    title = "Projection and clipping of one step's bfloat16 gradient, NVIDIA H100 80GB HBM3, scale 1"
-    projection.plot(rows, 1e9, title, tmp_path / "out.png")
-    assert boxes == [True]
-
-
 @each_implementation
 def test_accuracy_is_as_promised(implementation, monkeypatch, capsys):
     kernel, device = implementation

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OGPSA, load_weights, read_rows, run_cli, run_here
+from conftest import OGPSA, load_weights, run_cli, run_here
+from forks import run_forked
 
 
 PAIRS = {"dataset": "safety_pairs", "ogpsa_dataset": "helpful_pairs,truthful_pairs"}
@@ -78,7 +79,7 @@ def test_a_stock_run_is_bit_identical_without_the_plugin(base_args, tmp_path, si
     """The same stock run in an environment that has every installed package but this one."""
     with_plugin = {**base_args, "output_dir": str(tmp_path / "with" / "run")}
     without = {**base_args, "output_dir": str(tmp_path / "without" / "run")}
-    run_cli(with_plugin, tmp_path)
+    run_forked(tmp_path, run_here, with_plugin)
     run_cli(without, tmp_path, env={"PYTHONPATH": site_without_plugin}, python=("-S",))
     assert_same_weights(with_plugin["output_dir"], without["output_dir"])
     assert logged(with_plugin["output_dir"]) == logged(without["output_dir"])
@@ -102,22 +103,6 @@ def test_a_refresh_leaves_the_random_state_alone(base_args, tmp_path):
         run_here(args)
         losses.append([row["loss"] for row in logged(args["output_dir"]) if "loss" in row])
     assert losses[0] == losses[1]
-
-
-def test_a_resumed_run_ends_as_one_that_was_not_interrupted(base_args, tmp_path):
-    whole = {**base_args, **OGPSA, "max_steps": 6, "plot_loss": True, "output_dir": str(tmp_path / "whole")}
-    run_here(whole)
-    cut = {**whole, "save_strategy": "steps", "save_steps": 4, "output_dir": str(tmp_path / "cut")}
-    run_here(cut)
-    for path in (tmp_path / "cut").glob("model*.safetensors"):
-        path.unlink()
-    with open(tmp_path / "cut" / "ogpsa_log.jsonl", "a") as f:
-        f.write('{"step": 7, "rem')
-    run_here({**cut, "resume_from_checkpoint": str(tmp_path / "cut" / "checkpoint-4")})
-    assert_same_weights(whole["output_dir"], cut["output_dir"])
-    expected, resumed = read_rows(whole["output_dir"]), read_rows(cut["output_dir"])
-    assert resumed[0] == expected[0]
-    assert [row["step"] for row in resumed[1]] == [row["step"] for row in expected[1]] == [0, 2, 4]
 
 
 def test_the_extended_arguments_can_be_pickled_like_the_stock_ones():

@@ -26,6 +26,8 @@ def parser():
 
 def test_the_help_shows_the_real_default_once(parser):
     printed = " ".join(parser.HfArgumentParser(parser._TRAIN_ARGS).format_help().split())
+    assert "ogpsa_sft" in printed
+    assert "ogpsa_lora" in printed
     filled = SimpleNamespace(**{**dict.fromkeys(OPTIONS), "ogpsa_dataset": "general"}, stage="sft")
     resolve(filled)
     for name in OPTIONS:
@@ -85,6 +87,13 @@ def test_the_rank_of_scope_inputs_counts_directions_per_matrix():
         arguments = SimpleNamespace(**{**options, "ogpsa_rank": rank}, stage="sft")
         resolve(arguments)
         assert arguments.ogpsa_rank == expected
+
+
+def test_a_word_that_is_no_choice_is_refused_by_the_command_line(parser, base_args, capsys):
+    args = {**base_args, "stage": "ogpsa_sft", "ogpsa_dataset": "helpful", "ogpsa_method": "threshold"}
+    with pytest.raises(SystemExit):
+        parser.get_train_args([f"--{key}={value}" for key, value in args.items()])
+    assert "invalid choice: 'threshold' (choose from " in capsys.readouterr().err
 
 
 COUNTS = [

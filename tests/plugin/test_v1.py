@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import v1_on_cpu
 import yaml
-from conftest import free_port, load_weights, read_rows, same_weights
+from conftest import load_weights, read_rows, same_weights
+from forks import run_forked
 
 
 LEARNING_RATE = 0.5
@@ -231,13 +233,24 @@ def test_a_command_without_ogpsa_refuses_it(v1_args):
         get_args({name: value for name, value in ask(v1_args).items() if name != "general"})
 
 
+def write_config(args):
+    """Write the YAML of a run with AdamW; return its path."""
+    config = Path(args["output_dir"] + ".yaml")
+    config.write_text(yaml.safe_dump({k: v for k, v in args.items() if k not in ("general", "optim_config")}))
+    return str(config)
+
+
+def forked(args, tmp_path, processes=1):
+    """Do the same in processes that have everything imported."""
+    env = {"USE_V1": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run_forked(tmp_path, v1_on_cpu.train, write_config(args), processes=processes, env=env)
+
+
 def command(args, *words, python=(), **env):
     """Run `llamafactory-cli sft` on a YAML made of `args`, with AdamW; return what it printed."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    config = Path(args["output_dir"] + ".yaml")
-    config.write_text(yaml.safe_dump({k: v for k, v in args.items() if k not in ("general", "optim_config")}))
     process = subprocess.run(
-        [sys.executable, *(python or ["-m", "llamafactory.cli"]), "sft", str(config), *words],
+        [sys.executable, *python, "-m", "llamafactory.cli", "sft", write_config(args), *words],
         capture_output=True,
         text=True,
         env={**os.environ, "PATH": path, "USE_V1": "1", "CUDA_VISIBLE_DEVICES": "", **env},
@@ -259,22 +272,20 @@ def test_the_command_line(v1_args):
 
 @pytest.mark.cli
 def test_a_stock_run_is_what_it_is_without_the_plugin(v1_args, site_without_plugin, tmp_path):
-    command(v1_args)
+    forked(v1_args, tmp_path)
     other = {**v1_args, "output_dir": str(tmp_path / "other")}
-    command(other, python=["-S", "-m", "llamafactory.cli"], PYTHONPATH=site_without_plugin)
+    command(other, python=["-S"], PYTHONPATH=site_without_plugin)
     assert same_weights(v1_args["output_dir"], other["output_dir"])
 
 
-@pytest.mark.cli
 @pytest.mark.parametrize("dist_config", [None, {"name": "fsdp2"}], ids=["ddp", "fsdp2"])
 def test_two_processes_do_what_one_does(v1_args, tmp_path, dist_config):
     asking = {**v1_args, "ogpsa_dataset": v1_args["general"], "ogpsa_update_interval": 2, "learning_rate": 0.01}
-    command(asking)
+    forked(asking, tmp_path)
     two = {**asking, "micro_batch_size": 12, "output_dir": str(tmp_path / "two")}
     if dist_config is not None:
         two["dist_config"] = dist_config
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    command(two, python=[*torchrun, str(Path(__file__).with_name("v1_on_cpu.py"))])
+    forked(two, tmp_path, processes=2)
     (steps, refreshes), (two_steps, two_refreshes) = read_rows(asking["output_dir"]), read_rows(two["output_dir"])
     assert len(two_steps) == len(steps) == 3
     assert len(two_refreshes) == len(refreshes) == 2

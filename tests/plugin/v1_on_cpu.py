@@ -1,14 +1,15 @@
-"""LLaMA-Factory's v1 launcher, for several processes on a machine without an accelerator, where it would stop.
+"""LLaMA-Factory's v1 launcher in processes without an accelerator."""
 
-It synchronises with the accelerator after each step, and PyTorch raises where it is built for one and finds none.
-"""
+import sys
 
 import torch
 
 
-torch.accelerator.synchronize = lambda *args: None
+def train(config):
+    """Run SFT on a YAML."""
+    # It synchronises with the accelerator after each step: PyTorch raises where it is built for one and finds none.
+    torch.accelerator.synchronize = lambda *args: None
+    sys.argv = ["llamafactory-cli", "sft", config]
+    from llamafactory.v1.launcher import main
 
-from llamafactory.v1.launcher import main  # noqa: E402
-
-
-main()
+    main()

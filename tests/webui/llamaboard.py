@@ -24,8 +24,8 @@ CHROMIUM_FLAGS = [
     "--no-first-run",
 ]
 
-# Two cores may be shared with other test processes: what is waited for comes within seconds, or not at all.
-TIMEOUT = 60
+# Two cores are shared with other tests: what is waited for comes within seconds, or not at all.
+TIMEOUT = 180
 
 # What LlamaBoard has no element of its own for, and what would need a GPU or 16 processes.
 EXTRA = {"preprocessing_num_workers": 1, "use_cpu": True, "logging_steps": 1, "max_steps": 12}

@@ -1,12 +1,11 @@
-"""Lets `accelerate launch` use FSDP on a CPU: accelerate offers it on accelerators only, PyTorch everywhere.
-
-Python imports this module at its start where its folder is on PYTHONPATH.
-"""
+"""Lets `accelerate launch` use FSDP on a CPU: Python imports this at its start where its folder is on PYTHONPATH."""
 
 import importlib.abc
 import importlib.util
 import os
 import sys
+
+from accelerate_on_cpu import allow_fsdp
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -17,19 +16,7 @@ class Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            stock = module.AcceleratorState.__init__
-
-            def init(self, *args, fsdp_plugin=None, **kwargs):
-                stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-                if fsdp_plugin is not None and self.distributed_type != module.DistributedType.FSDP:
-                    self.distributed_type, self.fsdp_plugin = module.DistributedType.FSDP, fsdp_plugin
-
-            module.AcceleratorState.__init__ = init
-
-        spec.loader.exec_module = exec_module
+        spec.loader.exec_module = lambda module: (execute(module), allow_fsdp(module))[0]
         return spec
 
 

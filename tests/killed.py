@@ -1,17 +1,12 @@
-"""Run LLaMA-Factory on a YAML and die in it: `python killed.py CONFIG [SIGNAL MODULE:FUNCTION N]`.
-
-The process sends itself the signal when the function is called the N-th time; under torchrun the last process does.
-Without a signal it is a run like any other.
-"""
+"""Run LLaMA-Factory in a process of its own and die in it."""
 
 import functools
 import importlib
 import os
 import signal
-import sys
-from pathlib import Path
 
-import yaml
+import torch
+from conftest import run_here
 
 
 def die_in(target, number, kind):
@@ -36,15 +31,12 @@ def die_in(target, number, kind):
     setattr(owner, name, counting)
 
 
-if __name__ == "__main__":
-    config, *death = sys.argv[1:]
-    import torch
-    from llamafactory.train.tuner import run_exp
-
+def train(args, *death):
+    """Run LLaMA-Factory; with a signal's name, a target and N, the last process dies. Without, it is a run like any."""
     # DeepSpeed on a CPU asks for its checkpoints on the device `cpu:0`, which PyTorch does not know.
     torch.serialization.register_package(0, lambda _: None, lambda storage, at: storage if at == "cpu:0" else None)
 
     if death and int(os.getenv("RANK", "0")) == int(os.getenv("WORLD_SIZE", "1")) - 1:
         kind, target, number = death
-        die_in(target, int(number), getattr(signal, kind))
-    run_exp(yaml.safe_load(Path(config).read_text()))
+        die_in(target, number, getattr(signal, kind))
+    run_here(args)
