@@ -90,7 +90,8 @@ class Plan:
     """The runs of the lab and what they are for.
 
     Attributes:
-        spec: the file's content.
+        path: the file.
+        spec: its content.
         reference: the method that the others are measured against.
         runs: all runs by key, parents before what needs them.
         bases: the base model of each seed.
@@ -116,7 +117,7 @@ class Plan:
             spec = take_part(spec, shorter)
         check_given("section", spec, SECTIONS | ({"base"} if "model" not in spec else set()))
         check_names("method", [spec["reference"]], spec["methods"])
-        self.spec = spec
+        self.path, self.spec = Path(path), spec
         self.reference = self.spec["reference"]
         self.data_key = data_key
         self.runs: dict[str, Run] = {}

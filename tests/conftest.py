@@ -60,10 +60,14 @@ def make_tokenizer(words):
     )
 
 
-def make_model_dir(path, words=WORDS, tie=True, family="qwen2", **config):
+def make_model_dir(path, words=WORDS, tie=True, family=None, **config):
     """Save a random tiny model with its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers.models.auto import tokenization_auto
 
+    # transformers 5.8 reads every tokenizer of a Qwen2 as Qwen2's own, and has no words of this one then.
+    own = "qwen2" in getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ())
+    family = family or ("llama" if own else "qwen2")
     tokenizer = make_tokenizer(words)
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),

@@ -71,16 +71,11 @@ def test_the_other_formats(tmp_path):
 
 
 def test_types_of_xstest_are_taken_in_turn(tmp_path):
-    rows = ["prompt,type,completion,final_label"]
-    rows += [f"{kind}{number}?,{kind},Yes. So. And.,1_full_compliance" for kind in "abc" for number in range(2)]
-    rows += ["a2?,a,No.,2_full_refusal", f'a3?,a,"{REFUSAL}",1_full_compliance']
-    rows += ["d0?,contrast_d,Yes.,1_full_compliance"]
-    entry = write_raw(tmp_path, "x.csv", "\n".join(rows)) | {"format": "xstest_answers", "types": ["a", "c"]}
+    rows = ["prompt,type,label", "a0,a,safe", "a1,a,safe", "a2,a,safe", "b0,b,unsafe", "c0,c,safe", "c1,c,safe"]
+    entry = write_raw(tmp_path, "x.csv", "\n".join(rows)) | {"format": "xstest_safe"}
     taken = data.read_entry("a", entry, tmp_path)
-    assert [rec["instruction"] for rec in taken] == ["a0?", "c0?", "a1?", "c1?"]
-    assert taken[0] == {"instruction": "a0?", "input": "", "output": "Yes. So."}
-    with pytest.raises(ValueError, match="asks for type 'e'; .* has .*'a', 'b', 'c'"):
-        data.read_entry("a", entry | {"types": ["a", "e"]}, tmp_path)
+    assert [rec["instruction"] for rec in taken] == ["a0", "c0", "a1", "c1", "a2"]
+    assert data.read_entry("a", entry | {"folder": tmp_path}, tmp_path / "elsewhere") == taken
 
 
 @pytest.mark.parametrize(
@@ -90,8 +85,8 @@ def test_types_of_xstest_are_taken_in_turn(tmp_path):
         ({"file": "nowhere.json"}, "needs .*nowhere.json, which is not there"),
         ({"count": 3}, "asks for 3 records after 0; .* has 2"),
         ({"skip": 2}, "asks for 0 records after 2"),
-        ({"first": 3}, "allowed: file or hub, format, types, skip and count"),
-        ({"hub": "some/set"}, "allowed: file or hub, format, types, skip and count"),
+        ({"first": 3}, "allowed: file or hub, folder, format, skip and count"),
+        ({"hub": "some/set"}, "allowed: file or hub, folder, format, skip and count"),
         ({"format": "hh"}, "raw.json has another schema: the columns"),
         ({"pairs_of": "a", "refusals_of": "b"}, "allowed: pairs_of and refusals_of"),
     ],

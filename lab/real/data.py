@@ -24,7 +24,7 @@ from llamafactory_ogpsa.recipes.source import find_schema, iterate, load
 PAIR_COLUMNS = {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"}
 PAIR_EXTRAS = {"query": "input", "history": "history"}
 LONGEST = 600
-KEYS = {"file", "hub", "format", "skip", "count", "types"}
+KEYS = {"file", "folder", "hub", "format", "skip", "count"}
 
 
 def first_sentences(text, count=2):
@@ -89,33 +89,16 @@ def read_hh(source):
     return records
 
 
-def in_turn(records):
-    """Order records so that their types follow each other in turn: the first ones are of all types."""
-    seen = Counter()
-    turns = []
-    for rec in records:
-        turns.append(seen[rec["type"]])
-        seen[rec["type"]] += 1
-    return [rec for _, rec in sorted(zip(turns, records, strict=True), key=lambda pair: pair[0])]
-
-
 def read_xstest(source, label):
-    """Read XSTest's prompts with a label, `safe` or `unsafe`, and their `type`."""
+    """Read XSTest's prompts with a label, `safe` or `unsafe`, their types in turn: the first ones are of all types."""
     rows = load(str(source), None, ("test", "train"))
     find_schema(rows, str(source), ("prompt", "label", "type"))
-    return [{"instruction": row["prompt"], "type": row["type"]} for row in rows if row["label"] == label]
-
-
-def read_xstest_answers(source):
-    """Read XSTest's safe prompts with a model's answer, its first two sentences, where it complies, and their `type`."""
-    rows = load(str(source), None, ("test", "train"))
-    find_schema(rows, str(source), ("prompt", "completion", "final_label", "type"))
-    return [
-        {"instruction": row["prompt"], "input": "", "output": answer, "type": row["type"]}
-        for row in rows
-        if row["final_label"] == "1_full_compliance" and not row["type"].startswith("contrast")
-        if not is_refusal(answer := first_sentences(row["completion"]))
-    ]
+    by_type = {}
+    for row in rows:
+        if row["label"] == label:
+            by_type.setdefault(row["type"], []).append({"instruction": row["prompt"]})
+    turns = itertools.zip_longest(*by_type.values())
+    return [rec for turn in turns for rec in turn if rec is not None]
 
 
 def read_malicious(source):
@@ -131,7 +114,6 @@ FORMATS = {
     "hh": read_hh,
     "xstest_safe": lambda source: read_xstest(source, "safe"),
     "xstest_unsafe": lambda source: read_xstest(source, "unsafe"),
-    "xstest_answers": read_xstest_answers,
     "malicious": read_malicious,
 }
 FILES_ALONE = {"records", "malicious"}
@@ -142,8 +124,8 @@ def read_entry(name, entry, folder):
 
     Args:
         name: Its name.
-        entry: Its entry in the plan: `file` or `hub`, `format` and, where it does not take all records, `types` of
-            those that have one, `skip` and `count`.
+        entry: Its entry in the plan: `file` or `hub`, `format`, `folder` where the file is not in that of the others,
+            and, where it does not take all records, `skip` and `count`.
         folder: Folder that the file's path starts from.
 
     Returns:
@@ -154,25 +136,17 @@ def read_entry(name, entry, folder):
     """
     if entry.keys() - KEYS or len(entry.keys() & {"file", "hub"}) != 1:
         raise ValueError(
-            f"Data set {name!r} has {sorted(entry)}; allowed: file or hub, format, types, skip and count."
+            f"Data set {name!r} has {sorted(entry)}; allowed: file or hub, folder, format, skip and count."
         )
     layout = entry.get("format", "records")
     if layout not in FORMATS:
         raise ValueError(f"Data set {name!r} has format {layout!r}; allowed: {', '.join(FORMATS)}.")
     if "hub" in entry and layout in FILES_ALONE:
         raise ValueError(f"Data set {name!r} has hub and format {layout!r}, which is read from a file alone.")
-    source = entry["hub"] if "hub" in entry else Path(folder) / entry["file"]
+    source = entry["hub"] if "hub" in entry else Path(entry.get("folder", folder)) / entry["file"]
     if "file" in entry and not source.is_file():
         raise ValueError(f"Data set {name!r} needs {source}, which is not there.")
     records, skip = FORMATS[layout](source), entry.get("skip", 0)
-    if "types" in entry:
-        there = {rec.get("type") for rec in records}
-        if unknown := sorted(set(entry["types"]) - there):
-            raise ValueError(
-                f"Data set {name!r} asks for type {unknown[0]!r}; {source} has {sorted(map(str, there))}."
-            )
-        records = in_turn([rec for rec in records if rec["type"] in entry["types"]])
-    records = [{key: value for key, value in rec.items() if key != "type"} for rec in records]
     count = entry.get("count", len(records) - skip)
     if count < 1 or len(records) < skip + count:
         raise ValueError(f"Data set {name!r} asks for {count} records after {skip}; {source} has {len(records)}.")

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from .. import figures
+from .. import ROOT, figures
 from ..launch import write_whole
 from ..report import markdown, mean_range
 from ..results import count_samples, read_result
@@ -89,10 +89,12 @@ def title(column):
 
 
 def appendix(answers):
-    """Write what every method answers to the same prompts."""
+    """Write what every method answers to the same prompts; harmful ones are not quoted."""
     first = next(iter(answers.values()))
     parts = []
     for name, shown in first.items():
+        if name.startswith("harmful"):
+            continue
         for index, (prompt, _) in enumerate(shown):
             rows = [
                 [f"{pipeline} {method}".strip(), cell(texts[name][index][1])]
@@ -100,6 +102,12 @@ def appendix(answers):
             ]
             parts += [f"**{name}**: {cell(prompt)}\n", markdown(["", "answer"], rows)]
     return parts
+
+
+def shown(path):
+    """Write a path as seen from the repository; of one outside, its name."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
 
 
 def cell(text):
@@ -126,7 +134,7 @@ def write(plan, lab_dir, output):
     versions = "; ".join(sorted(", ".join(f"{k} {v}" for k, v in json.loads(entry).items()) for entry in made_by))
     parts = [
         "# The alignment-tax lab on a real model: results\n",
-        f"Written by `make lab-real`; what is run stands in `lab/real/lab.yaml`. Model: {plan.spec['model']['source']}. "
+        f"Written by `python -m lab --real --plan {shown(plan.path)}` ([how](lab.md)). Model: {plan.spec['model']['source']}. "
         f"Means over seeds ({seeds}: the order of the data), with the least and the greatest in brackets. Held-out "
         "prompts, answered greedily; a refusal is one by published phrases in the first sentence. Losses are nats per "
         "answer token. IFEval is the share of its prompts all of whose instructions the answer follows, strictly, with at "
@@ -138,7 +146,7 @@ def write(plan, lab_dir, output):
         parts += [f"## {pipeline}\n", comparison(table, pipeline, methods)]
     parts += [
         "## What they answer\n",
-        "The same prompts for all, seed " + seeds.split(",")[0] + ".\n",
+        "The same prompts for all, seed " + seeds.split(",")[0] + ". Harmful prompts are not quoted.\n",
         *appendix(answers),
     ]
     path = output / "results-real.md"
