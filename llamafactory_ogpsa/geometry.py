@@ -228,13 +228,13 @@ def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:
         rank: most directions.
 
     Returns:
-        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, and less where rounding is all that is left.
+        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, and less where rounding is all that is left; 0 without rows.
     """
     rows = rows.double()
     wide = rows.shape[0] <= rows.shape[1]
     eigenvalues, eigenvectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     eigenvalues, eigenvectors = eigenvalues.flip(0)[:rank], eigenvectors.flip(1)[:, :rank]
-    kept = eigenvalues > 1e-10 * eigenvalues[0].clamp(min=torch.finfo(torch.float64).tiny)
+    kept = eigenvalues > 1e-10 * eigenvalues[:1].clamp(min=torch.finfo(torch.float64).tiny)
     eigenvalues, eigenvectors = eigenvalues[kept], eigenvectors[:, kept]
     directions = eigenvectors.T @ rows / eigenvalues.sqrt()[:, None] if wide else eigenvectors.T
     return directions.float().contiguous()

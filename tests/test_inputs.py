@@ -140,7 +140,8 @@ def test_directions_of_dependent_rows_are_as_many_as_there_are():
     directions = leading_directions(rows, 5)
     assert directions.shape == (2, 6)
     torch.testing.assert_close(directions @ directions.T, torch.eye(2), atol=1e-6, rtol=0)
-    assert leading_directions(torch.zeros(3, 6), 5).shape[0] == 0
+    assert leading_directions(torch.zeros(3, 6), 5).shape == (0, 6)
+    assert leading_directions(torch.zeros(0, 6), 5).shape == (0, 6)
 
 
 def test_a_subspace_that_is_saved_projects_as_before(tmp_path):

@@ -100,7 +100,8 @@ class InputBasis:
             rows = torch.cat([self._gather(recorder.rows(source, width)) for source in sources])
             directions = leading_directions(rows.to(self._engine.device), self.rank)
             directions = processes.agree(directions)
-            for index in indices:
+            # Without a direction (an expert that is called with no token) there is no basis.
+            for index in indices if len(directions) else ():
                 own = directions[: self._most(index)].contiguous()
                 protected[index] = Protected(own, index in self._transposed)
         for index in processes.union(recorder.tokens):
@@ -132,9 +133,9 @@ class InputBasis:
 
     @torch.no_grad()
     def _keep_out(self, subspace: InputSubspace) -> None:
-        """Take the reference inputs' directions out of every `A` whose `B` is zero."""
+        """Take the reference inputs' directions out of every `A` whose `B` is zero, if `A` has a basis."""
         weights = self._engine.weights()
-        adapters = self._adapters()
+        adapters = {b: a for b, a in self._adapters().items() if subspace.protected[a].basis is not None}
         zero = [float(weights[b] is None or not weights[b].part_of(weights[b].optimized).any()) for b in adapters]
         everywhere = self._engine.processes.totals(zero)
         size = self._engine.processes.size
@@ -142,10 +143,8 @@ class InputBasis:
         self.unreached |= {self._engine.names[b] for b in fresh}
 
         def keep_out(index: int, rows: torch.Tensor) -> None:
-            basis = subspace.protected[index].basis
-            if basis is not None:
-                kept = rows.float()
-                rows.copy_(kept - (kept @ basis.T) @ basis)
+            basis, kept = subspace.protected[index].basis, rows.float()
+            rows.copy_(kept - (kept @ basis.T) @ basis)
 
         self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
 

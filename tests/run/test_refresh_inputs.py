@@ -127,6 +127,32 @@ def test_inputs_shared_in_some_passes_only_are_put_together():
     assert ranks == {"always.weight": 3, "sometimes.weight": 1}
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_expert_that_no_token_reaches_is_not_covered(lora):
+    class Experts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = torch.nn.Linear(8, 8, bias=False), torch.nn.Linear(8, 8, bias=False)
+
+        def forward(self, x):
+            return torch.cat([self.used(x), self.idle(x[:0])])
+
+    torch.manual_seed(0)
+    model, inputs = Experts(), torch.randn(2, 8)
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(target_modules=["used", "idle"], r=4))
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    subspace, _ = compute(model, inputs)
+    covered = dict(zip(subspace.names, subspace.find_covered(), strict=True))
+    assert len(covered) == (4 if lora else 2)
+    assert all(has == ("used" in name) for name, has in covered.items())
+    changed = [name for name, param in model.named_parameters() if not torch.equal(param, before[name])]
+    assert len(changed) == lora
+    assert all("used.lora_A" in name for name in changed)
+
+
 def test_gradients_whose_last_tensor_is_untouched_make_a_subspace():
     gradients = [{"touched": torch.randn(3, 4), "untouched": None}]
     subspace = Subspace.from_gradients(gradients, scope="inputs", rank=1)
