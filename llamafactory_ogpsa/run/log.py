@@ -182,10 +182,15 @@ class StepLog:
         if self.uncovered_steps < _MOST_UNCOVERED_STEPS and self._settings.method != "monitor":
             self.uncovered_steps = self.uncovered_steps + 1 if row["uncovered"] > _MOST_UNCOVERED else 0
             if self.uncovered_steps == _MOST_UNCOVERED_STEPS:
+                advice = "The reference sets do not reach them; add a set that does, or do not train them."
+                if self._settings.scope == "inputs":
+                    advice += (
+                        " Fused experts and convolutions have no basis with `ogpsa_scope: inputs`, for any reference "
+                        "set; use another scope, or do not train them."
+                    )
                 self._warn(
                     f"OGPSA does not protect a part of the model: {row['uncovered']:.0%} of the squared gradient is in "
-                    f"tensors without a direction ({name_kinds(uncovered_names)}). The reference sets do not reach "
-                    "them; add a set that does, or do not train them."
+                    f"tensors without a direction ({name_kinds(uncovered_names)}). {advice}"
                 )
         if self.idle_steps < _MOST_REMOVED_STEPS and self._settings.method != "monitor":
             self.idle_steps = self.idle_steps + 1 if row["removed"] > _MOST_REMOVED else 0
