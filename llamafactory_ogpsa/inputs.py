@@ -22,6 +22,7 @@ from .checks import check_references, order_gradients
 from .engines.processes import ALONE, Processes
 from .geometry import leading_directions, ratio
 from .kernels.plan import GRADIENT_DTYPES
+from .kernels.policy import clipping_factor
 from .kernels.rows import RowsKernel, make_rows_kernel, squared_norm
 from .pieces import Segment, find_cuts, split_piece
 from .protected import InputStats, Protected
@@ -212,7 +213,7 @@ class InputSubspace:
             kept = sums[:, 0] - (0 if method == "monitor" else sums[:, 1])
             total = sums[:, 0].sum()
             norm = torch.where(total.isfinite(), kept.clamp(min=0).sum(), total).sqrt().float()
-            scale = None if max_norm is None or method == "monitor" else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            scale = None if method == "monitor" else clipping_factor(norm, max_norm)
             if method != "monitor":
                 self._apply(rows, gradients, coefficients, norm.isfinite(), scale)
             residual = None
