@@ -24,7 +24,7 @@ PRELOAD = [
 
 
 class Finished(NamedTuple):
-    """How processes ended: their exit codes by rank, and what they printed."""
+    """Exit codes by rank, None for a process that was killed because another failed; and what they printed."""
 
     codes: list
     output: str
@@ -71,20 +71,22 @@ def fork(folder, work, *arguments, processes=1, env=()):
         for process in started:
             process.start()
     try:
-        going = {process.sentinel: process for process in started}
+        going, killed = {process.sentinel: process for process in started}, []
         while going:
             for sentinel in wait(list(going)):
                 process = going.pop(sentinel)
                 process.join()
                 if process.exitcode != 0:
                     for other in going.values():
-                        other.kill()
+                        if other.exitcode is None and other not in killed:
+                            other.kill()
+                            killed.append(other)
     finally:
         for process in started:
             process.kill()
             process.join()
     output = "".join(open(log, encoding="utf-8", errors="replace").read() for log in logs if os.path.exists(log))
-    return Finished([process.exitcode for process in started], output)
+    return Finished([None if process in killed else process.exitcode for process in started], output)
 
 
 def run_forked(folder, work, *arguments, **options):

@@ -147,5 +147,5 @@ def test_fsdp1_is_refused_by_name(base_args, tmp_path):
     args = {**base_args, **OGPSA, "ddp_backend": "gloo"}
     env = {**ENV, "FSDP_VERSION": "1", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}
     finished = fork(tmp_path, fsdp.train, args, processes=2, env=env)
-    assert all(finished.codes)
+    assert any(finished.codes)
     assert "`fsdp_version` is 1 under OGPSA; allowed: 2 (FSDP2, PyTorch's `fully_shard`)." in finished.output
