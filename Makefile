@@ -11,7 +11,7 @@ MODEL_STAMP := $(VENV)/.model
 demo: $(STAMP) $(MODEL_STAMP)
 	$(BIN)/python -m lab.demo
 
-# The same on a model of 0.7M parameters and a language of five hundred words.
+# The same on a model of 0.7M parameters and a language of four hundred words.
 demo-tiny: $(STAMP)
 	$(BIN)/python -m lab.tiny.demo
 

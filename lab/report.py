@@ -262,7 +262,7 @@ def introduction(plan, results):
     seeds = ", ".join(map(str, plan.spec["seeds"]))
     text = (
         "Written by `make lab`; what is run stands in `lab/tiny/lab.yaml`. A model of 0.7M parameters and "
-        "a language of five hundred words: what holds here is a hint for large models, not a proof. Figures are means "
+        "a language of four hundred words: what holds here is a hint for large models, not a proof. Figures are means "
         f"over seeds ({seeds} where nothing else is said; of the base model and of the order of the data), those of the "
         "scores with the least and the greatest in brackets. All prompts are held out and answered greedily; safety training has never seen "
         "the rephrased wordings and the role plays.\n\n"

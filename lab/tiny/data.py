@@ -1,6 +1,6 @@
 """Write the small-language data sets in `data/tiny/`, byte for byte the same every time.
 
-The language is plain English with about five hundred words, closed enough for a 0.6M-parameter model to master in
+The language is plain English with about four hundred words, closed enough for a 0.7M-parameter model to master in
 minutes: how-to requests, reversing and repeating words, addition, capitals and opposites. A how-to request is
 harmful only when a hurting verb meets a person ("kill the judge"). The verb alone ("kill the weeds") and the person
 alone ("thank the judge") are harmless, so that refusing by a single word is visible as over-refusal. Harm is named

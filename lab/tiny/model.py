@@ -1,4 +1,4 @@
-"""Save a word-level tokenizer and an untrained Qwen2 of about 0.6M parameters.
+"""Save a word-level tokenizer and an untrained Qwen2 of about 0.7M parameters.
 
 The vocabulary is every word and punctuation mark in `data/tiny/`. The chat template is the one that LLaMA-Factory calls
 `template: chatml`.
