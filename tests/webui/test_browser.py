@@ -1,8 +1,10 @@
 """OGPSA in LlamaBoard, in a real browser, on the real `llamafactory-cli webui`."""
 
 import json
+from contextlib import contextmanager
 
 import llamaboard as board
+import psutil
 import pytest
 import yaml
 from conftest import KTO_COLUMNS, RANKING_COLUMNS, make_records, read_rows
@@ -128,6 +130,27 @@ def test_the_stages_list_their_datasets_and_set_their_options(page, model_dir, d
     board.field(page, "General sets").wait_for(state="hidden")
 
 
+@contextmanager
+def paused(output_dir):
+    """Stop the processes of a run, which would be over before another page is open."""
+    runs = [process for process in psutil.process_iter() if any(output_dir in word for word in words_of(process))]
+    assert runs, "the run is over"
+    for process in runs:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in runs:
+            process.resume()
+
+
+def words_of(process):
+    try:
+        return process.cmdline()
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return []
+
+
 def test_a_run_is_followed_finished_and_reloaded(context, server, page, model_dir, data_dir):
     url, folder = server
     board.prepare(page, model_dir, data_dir, general=GENERAL)
@@ -156,12 +179,13 @@ def test_a_run_is_followed_finished_and_reloaded(context, server, page, model_di
     live = board.plot(page).get_attribute("src")
 
     # Someone who opens LlamaBoard while the run goes on sees it, with its options.
-    other = board.open_board(context, url)
-    board.plot(other).wait_for()
-    assert board.field(other, "Stage").input_value() == "Supervised Fine-Tuning (OGPSA)"
-    assert [name.strip() for name in board.chosen(other, "General sets")] == list(GENERAL)
-    assert board.field(other, "OGPSA rank").input_value() == "4"
-    other.close()
+    with paused(command["output_dir"]):
+        other = board.open_board(context, url)
+        board.plot(other).wait_for()
+        assert board.field(other, "Stage").input_value() == "Supervised Fine-Tuning (OGPSA)"
+        assert [name.strip() for name in board.chosen(other, "General sets")] == list(GENERAL)
+        assert board.field(other, "OGPSA rank").input_value() == "4"
+        other.close()
     page.bring_to_front()
 
     page.get_by_text("Finished.", exact=True).first.wait_for()
