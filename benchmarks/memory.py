@@ -9,7 +9,7 @@ measured on a GPU.
 import argparse
 from collections.abc import Sequence
 
-from llamafactory_ogpsa.inputs import DEFAULT_RANK
+from llamafactory_ogpsa.inputs import DEFAULT_RANK, most_directions
 from llamafactory_ogpsa.record import MOST_ROWS
 
 from .models import count_parameters, trainable_shapes
@@ -44,7 +44,7 @@ def coefficients_bytes(shapes: Sequence[tuple[int, ...]], rank: int = DEFAULT_RA
 
 def directions(shape: tuple[int, ...], rank: int) -> int:
     """Return the directions that a run keeps of a tensor: at most half of a matrix's inputs, none of a vector."""
-    return min(rank, max(1, shape[1] // 2)) if len(shape) == 2 else 0
+    return most_directions(shape[1], rank) if len(shape) == 2 else 0
 
 
 def readable(size: float) -> str:

@@ -39,6 +39,11 @@ MOST_DIRECTIONS = 4096
 _RESIDUAL_FLOOR = 1e-3
 
 
+def most_directions(width: int, rank: int) -> int:
+    """Return the most directions of a matrix with inputs of `width` dimensions: half of them, so that it can learn."""
+    return min(rank, max(1, width // 2))
+
+
 class InputSubspace:
     """The bases of the reference inputs of a model's weight matrices, ready to be projected out of gradients.
 

@@ -6,7 +6,7 @@ import torch
 
 from ..engines import Engine
 from ..geometry import leading_directions
-from ..inputs import DEFAULT_RANK, InputSubspace, Protected
+from ..inputs import DEFAULT_RANK, InputSubspace, Protected, most_directions
 from ..options import Settings
 from ..record import Recorder, find_modules, is_transposed
 from ..reference import ReferencePasses
@@ -58,15 +58,15 @@ class InputBasis:
         self._shapes = [tuple(getattr(param, "ds_shape", param.shape)) for param in engine.parameters]
         self.unreached: frozenset[str] = frozenset()
         matrices = [index for index, shape in enumerate(self._shapes) if len(shape) == 2]
-        self.num_bytes = sum(4 * min(self.rank, self._most(index)) * self._width(index) for index in matrices)
+        self.num_bytes = sum(4 * self._most(index) * self._width(index) for index in matrices)
 
     def _width(self, index: int) -> int:
         """Return the dimensions of a matrix's inputs."""
         return self._shapes[index][0 if index in self._transposed else 1]
 
     def _most(self, index: int) -> int:
-        """Return the most directions of a matrix: half of its inputs' dimensions, so that it can learn."""
-        return max(1, self._width(index) // 2)
+        """Return the most directions of a matrix."""
+        return most_directions(self._width(index), self.rank)
 
     def compute(self, passes: ReferencePasses) -> tuple[InputSubspace, dict[str, float]]:
         """Record the reference inputs at the current weights, and make bases of them.
