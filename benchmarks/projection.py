@@ -22,7 +22,8 @@ import torch
 from .devices import counters, default_device, environment
 from .implementations import IMPLEMENTATIONS, obstacle
 from .models import trainable_numels
-from .timing import clear_memory, copy_bandwidth, measure, peak_memory
+from .rows import build_steps, print_result
+from .timing import clear_memory, copy_bandwidth, measure
 
 
 MODELS = (
@@ -85,25 +86,10 @@ def compare(
 
     gradients, basis = random_tensors(numels, rank, device)
     rows = [dict(row, implementation=name, skipped=obstacle(name, rank)) for name in implementations]
-    steps, peaks = {}, {}
-    for result in rows:
-        name = result["implementation"]
-        if result["skipped"] is None:
-            try:
-                steps[name] = IMPLEMENTATIONS[name](gradients, basis, micro_batches)
-                steps[name]()
-                peaks[name] = peak_memory(steps[name], device)
-            except torch.OutOfMemoryError:
-                steps.pop(name, None)
-                result["skipped"] = "does not fit the memory"
-            except ValueError as err:
-                # A kernel that cannot run here says why.
-                result["skipped"] = str(err)
-            except Exception as err:
-                # What ours is compared with may fail, and cost only its own row.
-                if name.startswith("ours"):
-                    raise
-                result["skipped"] = f"fails: {type(err).__name__}"
+    rivals = [name for name in implementations if not name.startswith("ours")]
+    steps, peaks = build_steps(
+        rows, lambda name: IMPLEMENTATIONS[name](gradients, basis, micro_batches), device, rivals
+    )
     times = measure(steps, device, repeats)
     for result in rows:
         name = result["implementation"]
@@ -126,13 +112,13 @@ HEADER += f"{'launch us':>12}{'peak MiB':>12}"
 def print_row(row: dict[str, Any]) -> None:
     """Print a row of `compare` under `HEADER`."""
     start = f"{row['model']:<24}{row['rank']:>5}  {row['implementation']:<16}"
-    if row["skipped"]:
-        print(f"{start}  {row['skipped']}", flush=True)
-        return
-    print(
-        f"{start}{row['seconds'] * 1e3:>12.3f}{row['bytes'] / 2**20:>12.1f}{row['share']:>8.2f}"
-        f"{row.get('ratio', float('nan')):>9.2f}{row['launching'] * 1e6:>12.0f}{row['peak_memory'] / 2**20:>12.1f}",
-        flush=True,
+    print_result(
+        start,
+        row,
+        lambda: (
+            f"{row['seconds'] * 1e3:>12.3f}{row['bytes'] / 2**20:>12.1f}{row['share']:>8.2f}"
+            f"{row.get('ratio', float('nan')):>9.2f}{row['launching'] * 1e6:>12.0f}{row['peak_memory'] / 2**20:>12.1f}"
+        ),
     )
 
 

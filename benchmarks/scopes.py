@@ -24,7 +24,8 @@ from .devices import counters, default_device, environment
 from .implementations import MAX_NORM, clip_alone
 from .memory import directions, inputs_bytes
 from .models import trainable_shapes
-from .timing import Step, clear_memory, copy_bandwidth, measure, peak_memory
+from .rows import build_steps, print_result
+from .timing import Step, clear_memory, copy_bandwidth, measure
 
 
 RANK = 2
@@ -173,18 +174,7 @@ def compare(
     gradients = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     bases = random_bases(shapes, rank, device)
     rows = [dict(row, implementation=name, skipped=None) for name in implementations]
-    steps, peaks = {}, {}
-    for result in rows:
-        name = result["implementation"]
-        try:
-            steps[name] = build(name, gradients, bases)
-            steps[name]()
-            peaks[name] = peak_memory(steps[name], device)
-        except torch.OutOfMemoryError:
-            steps.pop(name, None)
-            result["skipped"] = "does not fit the memory"
-        except ValueError as err:
-            result["skipped"] = str(err)
+    steps, peaks = build_steps(rows, lambda name: build(name, gradients, bases), device)
     times = measure(steps, device, repeats, statistics.median, LONGEST)
     first = next((times[name].seconds for name in implementations if name in times), None)
     for result in rows:
@@ -201,13 +191,13 @@ HEADER = f"{'model':<24}{'k':>5}  {'implementation':<20}{'ms':>12}{'ratio':>9}{'
 def print_row(row: dict[str, Any]) -> None:
     """Print a row of `compare` under `HEADER`."""
     start = f"{row['model']:<24}{row['rank']:>5}  {row['implementation']:<20}"
-    if row["skipped"]:
-        print(f"{start}  {row['skipped']}", flush=True)
-        return
-    print(
-        f"{start}{row['seconds'] * 1e3:>12.3f}{row['ratio']:>9.3f}{row['launching'] * 1e6:>12.0f}"
-        f"{row['peak_memory'] / 2**20:>12.1f}",
-        flush=True,
+    print_result(
+        start,
+        row,
+        lambda: (
+            f"{row['seconds'] * 1e3:>12.3f}{row['ratio']:>9.3f}{row['launching'] * 1e6:>12.0f}"
+            f"{row['peak_memory'] / 2**20:>12.1f}"
+        ),
     )
 
 
