@@ -123,6 +123,25 @@ def score_answers(sets, answers):
     return scores
 
 
+def answer_loss(model, tokenizer, record, part=slice(None)):
+    """Compute a model's summed loss on a record's answer.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        record: A record with an `output`.
+        part: Which tokens of the answer count.
+
+    Returns:
+        The loss in nats, 0-dim, and the number of tokens.
+    """
+    prompt, answer = tokens_of(tokenizer, record)
+    ids = torch.tensor([prompt + answer], device=model.device)
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1][part]
+    targets = ids[0, len(prompt) :][part]
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+
+
 @torch.inference_mode()
 def loss_per_token(folder, records):
     """Compute a checkpoint's mean loss per answer token.
@@ -137,11 +156,8 @@ def loss_per_token(folder, records):
     model, tokenizer = load_checkpoint(folder)
     total, count = 0.0, 0
     for rec in records:
-        prompt, answer = tokens_of(tokenizer, rec)
-        ids = torch.tensor([prompt + answer], device=model.device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits.float(), ids[0, len(prompt) :], reduction="sum").item()
-        count += len(answer)
+        loss, tokens = answer_loss(model, tokenizer, rec)
+        total, count = total + loss.item(), count + tokens
     return total / count
 
 

@@ -33,7 +33,8 @@ from llamafactory_ogpsa import Subspace
 
 from ..generate import load_checkpoint, tokens_of
 from ..launch import console, progress_bar, write_whole
-from ..score import DATA_DIR
+from ..score import DATA_DIR, answer_loss
+from .data import read_records
 
 
 REFERENCES = ("general_helpful", "general_truthful")
@@ -46,7 +47,7 @@ RECALLS = (0.9, 0.8)
 
 def read(data_dir, name, count):
     """Read the first records of a set."""
-    return json.loads((Path(data_dir) / f"{name}.json").read_text(encoding="utf-8"))[:count]
+    return read_records(Path(data_dir) / f"{name}.json")[:count]
 
 
 def refused(records, refusals):
@@ -64,16 +65,13 @@ def gradient(model, tokenizer, records, part=slice(None)):
         part: Which tokens of each answer count.
 
     Returns:
-        The gradients by parameter name, float32, and the loss in nats.
+        The gradients by parameter name, float32, in tensors of their own, and the loss in nats.
     """
-    model.zero_grad()
-    encoded = [tokens_of(tokenizer, rec) for rec in records]
-    count = sum(len(answer[part]) for _, answer in encoded)
+    model.zero_grad()  # to None: the next call must not write into the tensors of this one
+    count = sum(len(tokens_of(tokenizer, rec)[1][part]) for rec in records)
     total = 0.0
-    for prompt, answer in encoded:
-        ids = torch.tensor([prompt + answer], device=model.device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1][part]
-        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :][part], reduction="sum") / count
+    for rec in records:
+        loss = answer_loss(model, tokenizer, rec, part)[0] / count
         loss.backward()
         total += loss.item()
     return {name: param.grad for name, param in model.named_parameters() if param.grad is not None}, total
@@ -107,7 +105,7 @@ def measure_steps(model, tokenizer, data_dir, count, advance):
     def take(records, part=slice(None)):
         result = gradient(model, tokenizer, records, part)[0]
         advance()
-        return {name: tensor.clone() for name, tensor in result.items()}
+        return result
 
     safety = read(data_dir, "safety_sft", count)
     refusals = [rec["output"] for rec in safety]
