@@ -5,9 +5,10 @@ docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the
 made from these fields.
 """
 
+import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from pathlib import Path
@@ -170,6 +171,20 @@ class Settings:
 OPTIONS: dict[str, Option] = {
     PREFIX + item.name: item.metadata["option"] for item in fields(Settings) if "option" in item.metadata
 }
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
+    """Refuse names that begin as OGPSA's options do and are none of them.
+
+    Raises:
+        ValueError: names the first such name and the nearest option, or all options where none is near.
+    """
+    for name in names:
+        if name.startswith(PREFIX) and name not in OPTIONS:
+            endings = [option.removeprefix(PREFIX) for option in OPTIONS]
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), endings, n=1)
+            allowed = f"did you mean `{PREFIX}{near[0]}`?" if near else f"allowed: {', '.join(OPTIONS)}."
+            raise ValueError(f"`{name}` is given, which OGPSA does not have; {allowed}")
 
 
 def _read_names(name: str, value: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """The `ogpsa_*` options as fields of LLaMA-Factory's finetuning arguments."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -47,6 +48,17 @@ def split_prefix(value: Any) -> tuple[Any, bool]:
     return value, False
 
 
+def refuse_spelling(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Refuse a stage or finetuning type that looks like one of OGPSA's, as `ogpsa` or `ogpsa_ppo`, and is none.
+
+    Raises:
+        ValueError: names the option, its value, and what is allowed.
+    """
+    spellings = [PREFIX + item for item in allowed]
+    if str(value).startswith(PREFIX.removesuffix("_")) and value not in spellings:
+        raise ValueError(f"`{name}` is {value!r}; allowed with OGPSA: {', '.join(spellings)}.")
+
+
 def extend(stock: type) -> type:
     """Extend LLaMA-Factory's FinetuningArguments by the `ogpsa_*` options, stages and finetuning types.
 
@@ -79,12 +91,8 @@ def extend(stock: type) -> type:
             self.stage, by_stage = split_prefix(self.stage)
             self.finetuning_type, by_type = split_prefix(self.finetuning_type)
             self.ogpsa_enabled = by_stage or by_type
-            if by_stage and self.stage not in STAGES:
-                allowed = ", ".join(PREFIX + stage for stage in STAGES)
-                raise ValueError(f"`stage` is {given_stage!r}; allowed: {allowed}.")
-            if by_type and self.finetuning_type not in supported_types:
-                allowed = ", ".join(PREFIX + kind for kind in supported_types)
-                raise ValueError(f"`finetuning_type` is {given_type!r}; allowed: {allowed}.")
+            refuse_spelling("stage", given_stage, STAGES)
+            refuse_spelling("finetuning_type", given_type, supported_types)
 
             if self.ogpsa_enabled:
                 refuse_backends(self)

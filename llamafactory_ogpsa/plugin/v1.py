@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from ..options import OPTIONS, PREFIX, Settings, resolve
+from ..options import OPTIONS, PREFIX, Settings, refuse_unknown, resolve
 from .backends import given_options, ogpsa_options
 from .v1_data import RecordSet, read_sets
 
@@ -148,9 +148,7 @@ def make_settings(options: dict[str, Any], stage: str) -> Settings:
     Raises:
         ValueError: names the option, what was given and what is allowed.
     """
-    for name in options:
-        if name not in OPTIONS:
-            raise ValueError(f"`{name}` is given, which OGPSA does not have; allowed: {', '.join(OPTIONS)}.")
+    refuse_unknown(options)
     arguments = SimpleNamespace(**{name: options.get(name) for name in OPTIONS}, stage=stage, plot_loss=False)
     if arguments.ogpsa_save_state is None:
         arguments.ogpsa_save_state = False

@@ -49,6 +49,12 @@ CASES = [
         {"ogpsa_scope": "inputs", "ogpsa_rank": 4097},
         "`ogpsa_rank` is 4097; allowed with `ogpsa_scope: inputs`: 1 to 4096",
     ),
+    ({"ogpsa_sope": "inputs"}, "`ogpsa_sope` is given, which OGPSA does not have; did you mean `ogpsa_scope`"),
+    ({"ogpsa_zzz": 1}, "`ogpsa_zzz` is given, which OGPSA does not have; allowed: ogpsa_dataset, ogpsa_num_samples"),
+    (
+        {"stage": "ogpsa"},
+        "`stage` is 'ogpsa'; allowed with OGPSA: ogpsa_pt, ogpsa_sft, ogpsa_rm, ogpsa_dpo, ogpsa_kto",
+    ),
     ({"ogpsa_method": "threshold"}, "`ogpsa_method` is 'threshold'; allowed: orthogonal, conflict, monitor"),
     ({"ogpsa_loss": "dpo"}, "`ogpsa_loss` is 'dpo'; allowed: auto, stage, sft"),
     ({"ogpsa_basis_device": "gpu"}, "`ogpsa_basis_device` is 'gpu'; allowed: auto, accelerator, cpu"),
@@ -64,9 +70,9 @@ CASES = [
         for stage in ("pt", "sft", "rm", "dpo", "kto")
     ],
     ({"stage": "ppo"}, "asks for OGPSA; remove `ogpsa_dataset`, `ogpsa_update_interval`\\."),
-    ({"stage": "ogpsa_ppo"}, "`stage` is 'ogpsa_ppo'; allowed: ogpsa_pt, ogpsa_sft"),
+    ({"stage": "ogpsa_ppo"}, "`stage` is 'ogpsa_ppo'; allowed with OGPSA: ogpsa_pt, ogpsa_sft"),
     ({"stage": "ppo", "finetuning_type": "ogpsa_full"}, "`stage` is 'ppo'.*OGPSA does not support"),
-    ({"finetuning_type": "ogpsa_galore"}, "`finetuning_type` is 'ogpsa_galore'; allowed: .*ogpsa_full"),
+    ({"finetuning_type": "ogpsa_galore"}, "`finetuning_type` is 'ogpsa_galore'; allowed with OGPSA: .*ogpsa_full"),
     ({"use_badam": True}, "`use_badam` is True, which OGPSA does not support"),
     ({"use_galore": True, "galore_layerwise": True}, "`galore_layerwise` is True, which OGPSA does not support"),
     ({"use_apollo": True, "apollo_layerwise": True}, "`apollo_layerwise` is True, which OGPSA does not support"),
@@ -89,6 +95,16 @@ def test_wrong_option_is_refused(base_args, change, message):
         need_llamafactory("0.9.5")
     with pytest.raises(ValueError, match=message):
         run_here({**base_args, **OGPSA, **change})
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("words", [["--ogpsa_sope", "inputs"], ["--ogpsa-sope=inputs"], ["ogpsa_sope=inputs"]])
+def test_a_misspelt_option_is_refused_where_llamafactory_ignores_it(monkeypatch, words):
+    from llamafactory.hparams.parser import get_train_args
+
+    monkeypatch.setenv("ALLOW_EXTRA_ARGS", "1")
+    with pytest.raises(ValueError, match="`ogpsa_sope` is given.*did you mean `ogpsa_scope`"):
+        get_train_args(["--stage", "ogpsa_sft", "--output_dir", "out", *words])
 
 
 @pytest.mark.usefixtures("no_model")
