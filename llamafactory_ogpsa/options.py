@@ -274,6 +274,12 @@ def _resolve_inputs(arguments: Any) -> None:
             "`ogpsa_method` is 'conflict', which needs the reference gradients, and `ogpsa_scope: inputs` has none; "
             "allowed with it: orthogonal, monitor."
         )
+    for name in ("ogpsa_basis_device", "ogpsa_basis_dtype"):
+        if getattr(arguments, name) != "auto":
+            raise ValueError(
+                f"`{name}` is {getattr(arguments, name)!r}, but the basis of `ogpsa_scope: inputs` is small, and always "
+                "in float32 where the gradients are; allowed with it: auto."
+            )
 
 
 def _check_rank(arguments: Any) -> None:

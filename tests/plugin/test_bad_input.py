@@ -58,6 +58,10 @@ CASES = [
     ({"ogpsa_method": "threshold"}, "`ogpsa_method` is 'threshold'; allowed: orthogonal, conflict, monitor"),
     ({"ogpsa_loss": "dpo"}, "`ogpsa_loss` is 'dpo'; allowed: auto, stage, sft"),
     ({"ogpsa_basis_device": "gpu"}, "`ogpsa_basis_device` is 'gpu'; allowed: auto, accelerator, cpu"),
+    (
+        {"ogpsa_scope": "inputs", "ogpsa_basis_device": "cpu"},
+        "`ogpsa_basis_device` is 'cpu', but .*`ogpsa_scope: inputs`.*allowed with it: auto",
+    ),
     ({"ogpsa_basis_dtype": "float16"}, "`ogpsa_basis_dtype` is 'float16'; allowed: auto, float32, bfloat16"),
     ({"ogpsa_kernel": "cuda"}, "`ogpsa_kernel` is 'cuda'; allowed: auto, triton, torch"),
     ({"ogpsa_save_state": "sometimes"}, "`ogpsa_save_state` is 'sometimes'; allowed: true, false"),

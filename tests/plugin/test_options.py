@@ -209,6 +209,7 @@ def find_wrong(stage, given):
             wrong.add("ogpsa_rank")
         if values.get("ogpsa_method") == "conflict":
             wrong.add("ogpsa_method")
+        wrong |= {name for name in ("ogpsa_basis_device", "ogpsa_basis_dtype") if values.get(name, "auto") != "auto"}
     elif rank > min(32, refresh * len(sets)) or (values.get("ogpsa_method") == "conflict" and rank % len(sets)):
         wrong.add("ogpsa_rank")
     return wrong
