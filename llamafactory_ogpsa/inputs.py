@@ -113,6 +113,9 @@ class InputSubspace:
             names.append(name)
             sizes.append(present[0].numel())
             device = present[0].device
+            if not any(gradient.any() for gradient in present):
+                protected.append(Protected())  # not covered
+                continue
             if present[0].dim() < 2:
                 protected.append(Protected(frozen=True))
                 continue

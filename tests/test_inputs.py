@@ -144,6 +144,17 @@ def test_directions_of_dependent_rows_are_as_many_as_there_are():
     assert leading_directions(torch.zeros(0, 6), 5).shape == (0, 6)
 
 
+def test_a_tensor_without_a_reference_gradient_is_not_covered():
+    reference = {"seen": torch.randn(4, 6), "unseen": torch.zeros(4, 6), "bias": torch.zeros(4)}
+    subspace = Subspace.from_gradients([reference], scope="inputs", rank=2)
+    assert subspace.find_covered() == [True, False, False]
+    gradients = {name: torch.randn_like(tensor) for name, tensor in reference.items()}
+    before = {name: tensor.clone() for name, tensor in gradients.items()}
+    subspace.project_(gradients)
+    assert not torch.equal(gradients["seen"], before["seen"])
+    assert all(torch.equal(gradients[name], before[name]) for name in ("unseen", "bias"))
+
+
 def test_a_subspace_that_is_saved_projects_as_before(tmp_path):
     subspace = Subspace.from_gradients([random_gradients(1), random_gradients(2)], scope="inputs", rank=3)
     subspace.save(str(tmp_path / "inputs.safetensors"))
