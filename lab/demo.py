@@ -1,7 +1,7 @@
 """Show the alignment tax on a real model, and OGPSA's answer to it, by stock `llamafactory-cli train` alone.
 
-Takes SmolLM2-135M-Instruct from its Python package, tunes it for safety naively and with OGPSA, lets base and both
-tuned models answer held-out prompts, prints the table and the answers side by side, and leaves in `outputs/demo/` the
+Takes SmolLM2-135M-Instruct from its Python package, tunes it for safety naively (to the end, and stopped early) and with
+OGPSA, lets base and tuned models answer held-out prompts, prints the table and the answers side by side, and leaves in `outputs/demo/` the
 picture `demo.png`, the answers `answers.md`, the figures `results.json` and the log of every run.
 
     python -m lab.demo
@@ -25,8 +25,12 @@ from .score import read_sets, score_checkpoint, score_table
 
 
 DEMO_DIR = ROOT / "outputs" / "demo"
-YAML_DIR = "examples/yaml"
-RUNS = {"naive SFT": "naive_sft", "OGPSA SFT": "ogpsa_sft"}
+# By title: the output folder's name, the YAML, and options that take the place of the YAML's.
+RUNS = {
+    "naive SFT": ("naive_sft", "examples/yaml/demo_naive_sft.yaml", ()),
+    "naive, 5 steps": ("naive_sft_short", "examples/yaml/demo_naive_sft.yaml", ("max_steps=5",)),
+    "OGPSA SFT": ("ogpsa_sft", "examples/yaml/demo_ogpsa_sft.yaml", ()),
+}
 PROMPTS_SCORED, PROMPTS_SHOWN = 50, 3  # of each of the four sets, the first ones
 # More than one GPU would change the batch.
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -113,19 +117,26 @@ def main(argv=None):
     DEMO_DIR.mkdir(parents=True, exist_ok=True)
     console.print("base model: outputs/demo/base")
     base_model.prepare(DEMO_DIR / "base", args.model)
+    folders = {title: DEMO_DIR / name for title, (name, _, _) in RUNS.items()}
     seconds = {
-        title: train(title, f"{YAML_DIR}/demo_{name}.yaml", DEMO_DIR, ENVIRONMENT, overrides)
-        for title, name in RUNS.items()
+        title: train(
+            title,
+            config,
+            DEMO_DIR / f"demo_{name}.log",
+            ENVIRONMENT,
+            [*overrides, *changes, f"output_dir=outputs/demo/{name}"],
+        )
+        for title, (name, config, changes) in RUNS.items()
     }
 
     sets = read_sets(limit=PROMPTS_SCORED)
     results = {"base": score_base(sets)}
-    for title, name in RUNS.items():
-        results[title] = score_checkpoint(DEMO_DIR / name, sets, title)
+    for title, folder in folders.items():
+        results[title] = score_checkpoint(folder, sets, title)
     rows = side_by_side(sets, results)
     write_whole(DEMO_DIR / "answers.md", answers_markdown(rows))
     scores = {title: result["scores"] for title, result in results.items()}
-    demo_plot.draw(scores, {title: DEMO_DIR / name for title, name in RUNS.items()}, DEMO_DIR / "demo.png")
+    demo_plot.draw(scores, folders, DEMO_DIR / "demo.png")
     figures = {
         "scores": scores,
         "train_seconds": {title: round(value, 1) for title, value in seconds.items()},

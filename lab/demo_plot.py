@@ -8,7 +8,7 @@ from .score import TITLES
 
 
 COLOURS = {"harmful": "#2f855a", "benign": "#dd6b20", "ordinary": "#c53030", "questions": "#2b6cb0"}
-RUN_COLOURS = ("#4a5568", "#2b6cb0")
+RUN_COLOURS = ("#4a5568", "#b7791f", "#2b6cb0")
 
 
 def read_losses(folder):

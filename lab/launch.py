@@ -38,13 +38,13 @@ def write_whole(path, text):
     partial.replace(path)
 
 
-def train(title, config, log_dir, environment, overrides=()):
+def train(title, config, log_path, environment, overrides=()):
     """Run `llamafactory-cli train` on a YAML, its progress in one line, its output in a log.
 
     Args:
         title: What to call the run.
         config: The YAML, relative to the repository.
-        log_dir: Folder of the log, which is named like the YAML.
+        log_path: The log to write.
         environment: Variables set where the environment does not set them already.
         overrides: Options that take the place of the YAML's, each `name=value`.
 
@@ -58,7 +58,7 @@ def train(title, config, log_dir, environment, overrides=()):
     command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(config), *overrides]
     last_lines = deque(maxlen=60)
     with (
-        open(Path(log_dir) / f"{Path(config).stem}.log", "wb") as log,
+        open(log_path, "wb") as log,
         progress_bar("steps") as progress,
         subprocess.Popen(
             command,

@@ -190,7 +190,7 @@ def test_twelve_prompts_are_shown_side_by_side():
 
 def test_the_picture_is_drawn(tmp_path):
     folders = {}
-    for title, name in demo.RUNS.items():
+    for title, (name, *_) in demo.RUNS.items():
         folders[title] = tmp_path / name
         folders[title].mkdir()
         rows = [{"current_steps": step, "loss": 3.0 / step} for step in (1, 2, 3)]
@@ -204,7 +204,7 @@ def test_the_picture_is_drawn(tmp_path):
 
 def test_a_training_that_fails_ends_the_demo_and_names_its_log(tmp_path, capsys):
     with pytest.raises(SystemExit, match="nowhere.log"):
-        launch.train("a run", "examples/yaml/nowhere.yaml", tmp_path, {})
+        launch.train("a run", "examples/yaml/nowhere.yaml", tmp_path / "nowhere.log", {})
     assert "nowhere.yaml" in (tmp_path / "nowhere.log").read_text()
     assert "FileNotFoundError" in capsys.readouterr().out
 

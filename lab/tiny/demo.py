@@ -52,7 +52,7 @@ def base_key():
 
 def train_yaml(title, name):
     """Train by one of the tiny YAMLs; see `launch.train`."""
-    return train(title, f"examples/yaml/tiny_{name}.yaml", DEMO_DIR, ENVIRONMENT)
+    return train(title, f"examples/yaml/tiny_{name}.yaml", DEMO_DIR / f"tiny_{name}.log", ENVIRONMENT)
 
 
 def train_base():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import OGPSA, read_rows, run_here
+from conftest import OGPSA, load_weights, read_rows, run_here
 
 from llamafactory_ogpsa.run import OgpsaRun
 
@@ -81,7 +81,7 @@ _Scaler = torch.amp.GradScaler
 
 
 def test_a_part_that_the_reference_sets_do_not_reach_is_named(base_args, said, monkeypatch):
-    """A bias that only safety data reach: in the log from the start, and a warning at the second logged step."""
+    """A norm that only safety data reach: in the log from the start, and a warning at the second logged step."""
     from llamafactory.train.sft import trainer
 
     stock = trainer.CustomSeq2SeqTrainer.compute_loss
@@ -89,24 +89,25 @@ def test_a_part_that_the_reference_sets_do_not_reach_is_named(base_args, said, m
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss = stock(self, model, inputs, *args, **kwargs)
         if "num_items_in_batch" in kwargs or args:  # a training step, not a reference pass
-            extra = model.get_parameter("model.layers.0.self_attn.q_proj.bias")
+            extra = model.get_parameter("model.layers.0.input_layernorm.weight")
             return loss + extra.sum() * 10
         return loss
 
     monkeypatch.setattr(trainer.CustomSeq2SeqTrainer, "compute_loss", compute_loss)
-    monkeypatch.setattr("llamafactory_ogpsa.run.run.find_coverage", _without_the_bias)
+    monkeypatch.setattr("llamafactory_ogpsa.run.run.find_coverage", _without_the_norm)
     run_here({**base_args, **OGPSA})
     steps, refreshes = read_rows(base_args["output_dir"])
     assert all(row["covered_tensors"] == row["trainable_tensors"] - 1 for row in refreshes)
-    assert all(row["covered_elements"] == pytest.approx(1 - 32 / 20864) for row in refreshes)
+    size = sum(tensor.numel() for tensor in load_weights(base_args["model_name_or_path"]).values())
+    assert all(row["covered_elements"] == pytest.approx(1 - 32 / size) for row in refreshes)
     assert all(row["uncovered"] > 0.9 for row in steps)
     warnings = [message for message in said() if "does not protect" in message]
     assert len(warnings) == 1
-    assert "1 biases" in warnings[0]
+    assert "1 norms" in warnings[0]
 
 
-def _without_the_bias(covered, engine):
+def _without_the_norm(covered, engine):
     from llamafactory_ogpsa.run.coverage import find_coverage
 
-    position = engine.names.index("model.layers.0.self_attn.q_proj.bias")
+    position = engine.names.index("model.layers.0.input_layernorm.weight")
     return find_coverage([has and index != position for index, has in enumerate(covered)], engine)

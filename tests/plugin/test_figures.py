@@ -28,6 +28,7 @@ def test_a_run_through_the_command_line_tells_everything(base_args, tmp_path):
     assert first["ogpsa/reference_loss/helpful"] == refreshes[0]["reference_loss"]["helpful"]
     assert (tmp_path / "out" / "training_ogpsa.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
+    weights = load_weights(base_args["model_name_or_path"]).values()
     text = process.stdout + process.stderr
     for fact in (
         "OGPSA is on: reference sets helpful (8 samples), truthful (8 samples)",
@@ -35,7 +36,7 @@ def test_a_run_through_the_command_line_tells_everything(base_args, tmp_path):
         "rank 2",
         "scope parameter",
         "method orthogonal",
-        "20,864 trainable parameters in 26 tensors",
+        f"{sum(tensor.numel() for tensor in weights):,} trainable parameters in {len(weights)} tensors",
         "basis 0.2 MiB on cpu",
         "expected cost 2.40 reference samples per training sample",
         "OGPSA refresh",
