@@ -218,7 +218,6 @@ def write(plan, lab_dir, output):
     results = Results(plan, lab_dir)
     methods, images = list(plan.spec["methods"]), output / "images"
     figures.comparison(results, methods, images / "lab_comparison.png")
-    figures.curves(results, methods, images / "lab_curves.png")
     first = results.comparison[results.comparison.pipeline == results.comparison.pipeline.iloc[0]]
     parts = [
         "# The alignment-tax lab: results\n",
@@ -235,11 +234,15 @@ def write(plan, lab_dir, output):
         "counts as one. Time is that of the training loop, by default with as many runs at once as the machine has cores; "
         "of merged weights that of naive tuning. Memory is the process's peak against naive tuning's. Means over seeds.\n",
         cost_table(results, methods),
-        "### Learning curves\n",
-        "Merged weights have none. Bands go from the least to the greatest seed; where methods give the same, one line "
-        "hides the other.\n",
-        "![Learning curves](images/lab_curves.png)\n",
     ]
+    if any(len(stages) == 1 for stages in results.pipelines.values()):
+        figures.curves(results, methods, images / "lab_curves.png")
+        parts += [
+            "### Learning curves\n",
+            "Of pipelines of one stage. Merged weights have none. Bands go from the least to the greatest seed; where "
+            "methods give the same, one line hides the other.\n",
+            "![Learning curves](images/lab_curves.png)\n",
+        ]
     if plan.studies:
         parts.append("## Studies\n")
     sections = {FRONTIER: frontier_section, INTERFERENCE: cosine_section}
