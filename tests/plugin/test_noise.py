@@ -41,12 +41,14 @@ def test_noise_that_stays_on_is_an_error_that_names_the_module():
 
 
 def test_a_run_is_stopped_by_noise_in_its_reference_passes(base_args, monkeypatch):
-    from transformers.models.qwen2 import modeling_qwen2
+    from transformers import AutoModelForCausalLM
 
-    stock = modeling_qwen2.Qwen2MLP.forward
+    mlp = type(AutoModelForCausalLM.from_pretrained(base_args["model_name_or_path"]).model.layers[0].mlp)
+    stock = mlp.forward
     noisy = lambda self, x: stock(self, x) * (1 + 200 * torch.rand(()))
-    monkeypatch.setattr(modeling_qwen2.Qwen2MLP, "forward", noisy)
-    with pytest.raises(RuntimeError, match="stays on in reference passes .first seen in model.layers.0.mlp, Qwen2MLP"):
+    monkeypatch.setattr(mlp, "forward", noisy)
+    place = f"first seen in model.layers.0.mlp, {mlp.__name__}"
+    with pytest.raises(RuntimeError, match=f"stays on in reference passes .{place}"):
         run_here({**base_args, **OGPSA})
 
 
