@@ -48,14 +48,19 @@ def split_prefix(value: Any) -> tuple[Any, bool]:
     return value, False
 
 
+def looks_like_ours(value: Any) -> bool:
+    """Return True for a stage or finetuning type that is meant to ask for OGPSA, misspelt or not: `ogpsa`, `ogpsa_stf`."""
+    return str(value).startswith(PREFIX.removesuffix("_"))
+
+
 def refuse_spelling(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Refuse a stage or finetuning type that looks like one of OGPSA's, as `ogpsa` or `ogpsa_ppo`, and is none.
+    """Refuse a stage or finetuning type that looks like one of OGPSA's and is not.
 
     Raises:
         ValueError: names the option, its value, and what is allowed.
     """
     spellings = [PREFIX + item for item in allowed]
-    if str(value).startswith(PREFIX.removesuffix("_")) and value not in spellings:
+    if looks_like_ours(value) and value not in spellings:
         raise ValueError(f"`{name}` is {value!r}; allowed with OGPSA: {', '.join(spellings)}.")
 
 

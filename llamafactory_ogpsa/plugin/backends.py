@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
-from .arguments import FINETUNING_TYPES, PREFIX, STAGES
+from .arguments import PREFIX, looks_like_ours
 from .optimizers import refuse_optim
 
 
 # The environment variables by which LLaMA-Factory takes another backend, and what the backend is called.
 BACKENDS = {"USE_MCA": "Megatron", "USE_MEGATRON_BRIDGE": "Megatron Bridge", "USE_KT": "KTransformers"}
-
-_SPELLINGS = {PREFIX + name for name in STAGES + FINETUNING_TYPES}
 
 
 def is_set(variable: str) -> bool:
@@ -48,7 +46,7 @@ def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
             continue
         if name.startswith(PREFIX):
             asking.append(name)
-        elif name in ("stage", "finetuning_type") and str(value) in _SPELLINGS:
+        elif name in ("stage", "finetuning_type") and looks_like_ours(value):
             asking.append(f"{name}: {value}")
     return asking
 

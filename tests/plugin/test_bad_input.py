@@ -145,6 +145,7 @@ def test_other_backends_are_refused(base_args, monkeypatch, variable, backend, c
         (["--stage", "ogpsa_dpo", "--ogpsa-rank=2"], ["stage: ogpsa_dpo", "ogpsa_rank"]),
         (["--dataset", "ogpsa_sft", "stage=sft", "finetuning_type=ogpsa_lora"], ["finetuning_type: ogpsa_lora"]),
         (["--stage", "sft", "--do_train"], []),
+        ({"stage": "ogpsa_stf", "finetuning_type": "ogpsa"}, ["stage: ogpsa_stf", "finetuning_type: ogpsa"]),
         ([], []),
     ],
 )
