@@ -1,8 +1,9 @@
 """Show the alignment tax on a real model, and OGPSA's answer to it, by stock `llamafactory-cli train` alone.
 
-Takes SmolLM2-135M-Instruct from its Python package, tunes it for safety naively (to the end, and stopped early) and with
-OGPSA, lets base and tuned models answer held-out prompts, prints the table and the answers side by side, and leaves in `outputs/demo/` the
-picture `demo.png`, the answers `answers.md`, the figures `results.json` and the log of every run.
+Takes SmolLM2-135M-Instruct from its Python package, tunes it for safety naively (to the end, and stopped early) and
+with OGPSA, lets base and tuned models answer held-out prompts, prints the table and the answers side by side, and
+leaves in `outputs/demo/` the picture `demo.png`, the answers `answers.md`, the figures `results.json` and the log of
+every run.
 
     python -m lab.demo
     python -m lab.demo --model Qwen/Qwen2.5-0.5B-Instruct --template qwen    # any other model, from the hub or a folder

@@ -89,8 +89,9 @@ def introduce(
     refreshes = count_refreshes(steps, settings.update_interval, repeated)
     cost = refreshes * sum(counts) / (steps * host.samples_per_step) if steps > 0 else 0.0
     each = " in each process" if engine.processes.size > 1 else ""
-    when = f"every K = {settings.update_interval} steps"
-    if settings.update_interval >= steps:
+    if settings.update_interval < steps:
+        when = f"every K = {settings.update_interval} steps"
+    else:
         when = "before the first step" + (", and again once the weights have moved" if repeated else " alone")
     described = ", ".join(f"{ref.name} ({count} samples)" for ref, count in zip(sets, counts, strict=True))
     logger.info(
