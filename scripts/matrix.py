@@ -11,7 +11,8 @@ tests, then its own tests with and without this package, compared test by test. 
 fails or one of its own differs; the page is not written.
 
 With `--folder`, environments and reports are kept there, and another call with the same folder goes on where an
-interrupted one stopped: a file of tests that has a report is not run again. Remove its report to run it again.
+interrupted one stopped: a file of tests that has a report of the same commit is not run again. Remove its report to run
+it again.
 """
 
 import argparse
@@ -74,6 +75,12 @@ def last_line(other: str, text: str, status: int) -> str:
     return lines[-1] if lines else f"nothing was printed, exit status {status}"
 
 
+def find_commit(root: Path) -> str:
+    """Return the commit of a folder, `-dirty` behind it where files have changed since; of any other folder "none"."""
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
+
+
 def find_python(version: str) -> str | None:
     """Return the path of `python<version>`, or None where it is missing or, as a version manager's shim, does not run."""
     python = shutil.which(f"python{version}")
@@ -102,11 +109,14 @@ def find_tests(root: Path, paths: Sequence[str]) -> list[str]:
     ]
 
 
-def run_files(folder: Path, root: Path, files: Sequence[str], *options: str, label: str) -> dict[str, str] | str:
+def run_files(
+    folder: Path, reports: Path, root: Path, files: Sequence[str], *options: str, label: str
+) -> dict[str, str] | str:
     """Run files of tests one after another; return the results of all of them, or why one does not end.
 
     Args:
         folder: the environment.
+        reports: where the reports are.
         root: the folder that the tests are in, and run in.
         files: relative to `root`.
         options: for pytest.
@@ -114,7 +124,7 @@ def run_files(folder: Path, root: Path, files: Sequence[str], *options: str, lab
     """
     results: dict[str, str] = {}
     for file in files:
-        report = folder / "reports" / f"{label}-{file.replace('/', '-')}.xml"
+        report = reports / f"{label}-{file.replace('/', '-')}.xml"
         one = run_tests(folder, root, file, report, *options)
         print(f"  {label} {file}: {summarise(one)}", flush=True)
         print_failures(one)
@@ -189,9 +199,16 @@ def summarise(results: dict[str, str] | str) -> str:
 def try_environment(environment: Environment, python: str, folder: Path, tests: Sequence[str]) -> str:
     """Build an environment with an interpreter and run tests in it; return the result in words, with its date."""
     problem = install(python, folder, environment.requirements)
-    result = problem or summarise(run_files(folder, ROOT, find_tests(ROOT, tests), label="ours"))
+    reports = folder / "reports" / find_commit(ROOT)
+    result = problem or summarise(run_files(folder, reports, ROOT, find_tests(ROOT, tests), label="ours"))
     selected = "" if tests == TESTS else f", only {', '.join(f'`{path}`' for path in tests)}"
-    return f"{result} ({datetime.date.today().isoformat()}{selected})"
+    return f"{result} ({find_date(reports)}{selected})"
+
+
+def find_date(reports: Path) -> str:
+    """Return the day of the oldest report in a folder, today's where there is none."""
+    times = [report.stat().st_mtime for report in reports.glob("*.xml")]
+    return (datetime.date.fromtimestamp(min(times)) if times else datetime.date.today()).isoformat()
 
 
 def print_failures(results: dict[str, str] | str) -> None:
@@ -216,21 +233,23 @@ def try_source(source: Path, python: str, folder: Path, tests: Sequence[str], ow
     """
     copy, environment = folder / "source", folder / "environment"
     ignore = shutil.ignore_patterns(".git", "*.egg-info", "__pycache__")
-    shutil.copytree(source, copy, ignore=ignore, dirs_exist_ok=True)
+    shutil.rmtree(copy, ignore_errors=True)  # of an older commit, in a folder that is kept
+    shutil.copytree(source, copy, ignore=ignore)
     problem = install(python, environment, [str(copy)])
     if problem:
         print(f"{source}: {problem}", flush=True)
         return False
 
-    ours = run_files(environment, ROOT, find_tests(ROOT, tests), label="ours")
+    reports = environment / "reports" / f"{find_commit(ROOT)}-{find_commit(source)}"
+    ours = run_files(environment, reports, ROOT, find_tests(ROOT, tests), label="ours")
     print(f"end-to-end tests: {summarise(ours)}", flush=True)
 
     paths = [path for path in own if (copy / path).exists()]
     options = ("--import-mode=importlib",)  # as its Makefile runs them: two of its folders have files of one name
-    with_package = {path: run_files(environment, copy, [path], *options, label="with") for path in paths}
+    with_package = {path: run_files(environment, reports, copy, [path], *options, label="with") for path in paths}
     uninstall = [environment / "bin" / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "llamafactory-ogpsa"]
     subprocess.run(uninstall, check=True)
-    without = {path: run_files(environment, copy, [path], *options, label="without") for path in paths}
+    without = {path: run_files(environment, reports, copy, [path], *options, label="without") for path in paths}
 
     equal = bool(paths)
     for path in paths:
@@ -273,15 +292,17 @@ def write_table(results: dict[str, str]) -> None:
 def main() -> None:
     """Try the environments one after another, and write the page after each; or a LLaMA-Factory from a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=[item.name for item in ENVIRONMENTS], metavar="NAME")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="environments of the table")
     parser.add_argument("--source", type=Path, metavar="FOLDER", help="a LLaMA-Factory to try instead")
     parser.add_argument("--tests", nargs="+", default=TESTS, metavar="PATH", help="of ours, only these")
-    parser.add_argument(
-        "--own", nargs="+", default=SOURCE_TESTS, metavar="PATH", help="of LLaMA-Factory's, only these"
-    )
+    parser.add_argument("--own", nargs="+", metavar="PATH", help="with --source: of LLaMA-Factory's, only these")
     parser.add_argument("--folder", type=Path, help="keep environments and reports there, and go on from them")
     options = parser.parse_args()
-    unknown = set(options.only) - {item.name for item in ENVIRONMENTS}
+    if options.source is not None and options.only is not None:
+        parser.error("--only is for the table's environments; allowed: --source or --only")
+    if options.source is None and options.own is not None:
+        parser.error("--own is for a LLaMA-Factory in a folder; allowed: with --source")
+    unknown = set(options.only or ()) - {item.name for item in ENVIRONMENTS}
     if unknown:
         parser.error(f"--only has {min(unknown)!r}; allowed: {', '.join(item.name for item in ENVIRONMENTS)}")
     if options.source is not None and not (options.source / "src" / "llamafactory").is_dir():
@@ -295,11 +316,13 @@ def main() -> None:
 
     if options.source is not None:
         with environment_folder(options.folder, "source") as folder:
-            sys.exit(not try_source(options.source, sys.executable, folder, options.tests, options.own))
+            sys.exit(
+                not try_source(options.source, sys.executable, folder, options.tests, options.own or SOURCE_TESTS)
+            )
 
     results = read_table()
     for environment in ENVIRONMENTS:
-        if environment.name not in options.only:
+        if environment.name not in (options.only or [environment.name]):
             continue
         python = find_python(environment.python)
         if python is None:

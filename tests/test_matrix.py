@@ -1,7 +1,9 @@
 """What scripts/matrix.py says of an environment in which nothing works, which Pythons it takes, and what it compares."""
 
 import datetime
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,11 +55,12 @@ def fake_pytest(monkeypatch, status, calls):
 def test_a_file_that_has_a_report_is_not_run_again(tmp_path, monkeypatch):
     calls = []
     fake_pytest(monkeypatch, 1, calls)
-    run = lambda: matrix.run_files(tmp_path, matrix.ROOT, ["tests/a.py", "tests/b.py"], label="ours")
+    reports = tmp_path / "reports"
+    run = lambda: matrix.run_files(tmp_path, reports, matrix.ROOT, ["tests/a.py", "tests/b.py"], label="ours")
     once = run()
-    assert once == run() == matrix.read_report(tmp_path / "reports" / "ours-tests-a.py.xml")
+    assert once == run() == matrix.read_report(reports / "ours-tests-a.py.xml")
     assert len(calls) == 2
-    (tmp_path / "reports" / "ours-tests-a.py.xml").unlink()
+    (reports / "ours-tests-a.py.xml").unlink()
     assert run() == once
     assert len(calls) == 3
 
@@ -66,7 +69,7 @@ def test_a_package_on_pythonpath_is_not_seen(tmp_path, monkeypatch):
     calls = []
     fake_pytest(monkeypatch, 0, calls)
     monkeypatch.setenv("PYTHONPATH", str(matrix.ROOT))
-    matrix.run_files(tmp_path, matrix.ROOT, ["tests/a.py"], label="ours")
+    matrix.run_files(tmp_path, tmp_path / "reports", matrix.ROOT, ["tests/a.py"], label="ours")
     assert "PATH" in calls[0]
     assert "PYTHONPATH" not in calls[0]
 
@@ -74,9 +77,10 @@ def test_a_package_on_pythonpath_is_not_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize("status", [2, -11], ids=["interrupted", "crashed"])
 def test_a_run_that_does_not_end_leaves_no_report(tmp_path, monkeypatch, status):
     fake_pytest(monkeypatch, status, [])
-    result = matrix.run_files(tmp_path, matrix.ROOT, ["tests/a.py", "tests/b.py"], label="ours")
+    reports = tmp_path / "reports"
+    result = matrix.run_files(tmp_path, reports, matrix.ROOT, ["tests/a.py", "tests/b.py"], label="ours")
     assert result == "tests/a.py: the tests do not end: told"
-    assert list((tmp_path / "reports").glob("*.xml")) == []
+    assert list(reports.glob("*.xml")) == []
 
 
 def test_a_selection_of_tests_is_told(tmp_path, monkeypatch):
@@ -86,6 +90,34 @@ def test_a_selection_of_tests_is_told(tmp_path, monkeypatch):
     today = datetime.date.today().isoformat()
     told = "only `tests/test_autoload.py`, `tests/plugin/test_v1.py`"
     assert result == f"1 passed, 2 failed, 1 skipped ({today}, {told})"
+
+
+def test_only_reports_of_the_commit_count_and_their_day_is_told(tmp_path, monkeypatch):
+    calls = []
+    fake_pytest(monkeypatch, 0, calls)
+    tests = ["tests/test_autoload.py"]
+    run = lambda: matrix.try_environment(matrix.ENVIRONMENTS[0], sys.executable, tmp_path, tests)
+    monkeypatch.setattr(matrix, "find_commit", lambda root: "one")
+    today = run()
+    report = tmp_path / "reports" / "one" / "ours-tests-test_autoload.py.xml"
+    os.utime(report, (1.6e9, 1.6e9))  # in September 2020
+    assert "(2020-09-13, only" in run()
+    assert len(calls) == 1
+    monkeypatch.setattr(matrix, "find_commit", lambda root: "two")
+    assert run() == today
+    assert len(calls) == 2
+
+
+def test_a_commit_says_where_files_have_changed_since(tmp_path):
+    assert matrix.find_commit(tmp_path) == "none"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "file").touch()
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"], ["tag", "-a", "v1", "-m", "one"]):
+        subprocess.run([*git, *words], check=True)
+    clean = matrix.find_commit(tmp_path)
+    assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "file").write_text("changed")
+    assert matrix.find_commit(tmp_path) == f"{clean}-dirty"
 
 
 def test_folders_of_tests_are_their_files(tmp_path):
@@ -152,6 +184,7 @@ def test_a_source_passes_where_ours_pass_and_its_own_do_not_differ(tmp_path, mon
     steps = []
 
     def run_tests(folder, root, file, report, *options):
+        assert not (tmp_path / "kept" / "source" / "source" / "tests_old").exists()
         installed = "uninstall" not in steps
         name = "ours" if root == matrix.ROOT else file
         assert root == matrix.ROOT or (root != source and (root / file).is_dir() and not (root / ".git").exists())
@@ -160,8 +193,11 @@ def test_a_source_passes_where_ours_pass_and_its_own_do_not_differ(tmp_path, mon
 
     monkeypatch.setattr(matrix, "run_tests", run_tests)
     monkeypatch.setattr(matrix, "install", lambda python, folder, requirements: steps.append("install"))
+    monkeypatch.setattr(matrix, "find_commit", lambda root: "none")
     monkeypatch.setattr(matrix.subprocess, "run", lambda command, **kwargs: steps.append(command[3]))
-    monkeypatch.setattr(sys, "argv", ["matrix.py", "--source", str(source), "--tests", "tests/test_autoload.py"])
+    (tmp_path / "kept" / "source" / "source" / "tests_old").mkdir(parents=True)  # an older copy
+    words = ["--source", str(source), "--tests", "tests/test_autoload.py", "--folder", str(tmp_path / "kept")]
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *words])
     with pytest.raises(SystemExit) as ended:
         matrix.main()
     assert ended.value.code == status
@@ -177,20 +213,23 @@ def test_a_source_passes_where_ours_pass_and_its_own_do_not_differ(tmp_path, mon
     assert ("differs: b: failed with, passed without" in capsys.readouterr().out) is (("tests", False) in change)
 
 
-def test_a_folder_that_is_no_llamafactory_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["matrix.py", "--source", str(tmp_path)])
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--source", "/"], "allowed: a folder with LLaMA-Factory's src/llamafactory"),
+        (["--tests", "tests/test_none.py"], "--tests has 'tests/test_none.py', which is not there"),
+        (["--only", "py2"], "--only has 'py2'; allowed: py3.11"),
+        (["--only"], "--only: expected at least one argument"),
+        (["--own", "tests"], "--own is for a LLaMA-Factory in a folder; allowed: with --source"),
+        (["--source", "/", "--only", "py2"], "allowed: --source or --only"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(monkeypatch, capsys, words, told):
+    monkeypatch.setattr(sys, "argv", ["matrix.py", *words])
     with pytest.raises(SystemExit) as ended:
         matrix.main()
     assert ended.value.code == 2
-    assert "allowed: a folder with LLaMA-Factory's src/llamafactory" in capsys.readouterr().err
-
-
-def test_tests_that_are_not_there_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["matrix.py", "--tests", "tests/test_none.py"])
-    with pytest.raises(SystemExit) as ended:
-        matrix.main()
-    assert ended.value.code == 2
-    assert "--tests has 'tests/test_none.py', which is not there" in capsys.readouterr().err
+    assert told in capsys.readouterr().err
 
 
 def test_the_versions_that_errors_name_are_those_that_are_tried():
