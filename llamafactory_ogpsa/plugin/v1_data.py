@@ -35,6 +35,7 @@ def read_sets(settings: Settings) -> list[RecordSet]:
     from llamafactory.v1.core.data_engine import DataEngine
 
     sets: list[RecordSet] = []
+    paths: dict[str, str] = {}  # of the sets, by name
     for path in settings.dataset:
         with preserve_random_state(torch.device("cpu")):
             try:
@@ -49,9 +50,11 @@ def read_sets(settings: Settings) -> list[RecordSet]:
             raise ValueError(f"`ogpsa_dataset` has {path!r}, which is streamed; allowed: sets that are not.")
         for entry, records in found.items():
             name = os.path.splitext(os.path.basename(path))[0] if entry == "default" else entry
-            if name in [item.name for item in sets]:
-                raise ValueError(f"`ogpsa_dataset` has a set {name!r} twice; allowed: each name once.")
+            if name in paths:
+                both = " and ".join(dict.fromkeys((paths[name], path)))
+                raise ValueError(f"`ogpsa_dataset` has a set {name!r} twice, in {both}; allowed: each name once.")
             check_records(name, records)
+            paths[name] = path
             sets.append(RecordSet(name, records))
     return sets
 

@@ -69,7 +69,7 @@ def check_seam(stage: str, trainer_class: type) -> None:
     problems = []
     if list(inspect.signature(trainer_class.__init__).parameters) != _TRAINER_PARAMETERS:
         problems.append(f"{trainer_class.__name__} has other parameters")
-    for method in ("compute_loss", "compute_log_probs", "fit"):
+    for method in ("compute_loss", "fit"):
         if not callable(getattr(trainer_class, method, None)):
             problems.append(f"{trainer_class.__name__} has no {method}")
     for event in ("on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_train_end"):
@@ -144,7 +144,7 @@ def make_callback(trainer: Any, request: Request) -> Any:
                 self.run.after_step(False)
 
         def on_log(self, args, state, logs, **kwargs):
-            figures = self.run.figures(state.global_step)
+            figures = self.run.figures(state.global_step) if self.stepped else None
             if figures and self.run.host.main:
                 listed = ", ".join(f"{name}: {value:.4g}" for name, value in figures.items())
                 logger.info(f"step: {state.global_step}, {listed}")

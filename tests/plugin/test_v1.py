@@ -1,9 +1,11 @@
 """OGPSA in LLaMA-Factory's v1 trainer (`USE_V1=1`): its steps against a float64 projection, and what it refuses."""
 
 import copy
+import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,12 +196,17 @@ def test_lora(v1_args, scope):
     assert refreshes[-1]["covered_tensors"] == refreshes[-1]["trainable_tensors"] == 28
 
 
-def test_a_skipped_step_is_not_a_step(v1_args, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: torch.tensor(float("nan")))
-    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *args: torch.tensor(float("nan")))
-    steps, refreshes = read_rows(run_v1(ask(v1_args)))
-    assert steps == []
-    assert [row["reference_loss"] for row in refreshes][1:] == [refreshes[0]["reference_loss"]]
+@pytest.mark.parametrize(("skipped", "logging_steps", "kept"), [({1, 2, 3}, 1, []), ({2}, 1, [1, 3]), ({2}, 2, [])])
+def test_a_skipped_step_is_not_a_step(v1_args, monkeypatch, skipped, logging_steps, kept):
+    calls = itertools.count(1)
+    measure = lambda *args: torch.tensor(float("nan") if next(calls) in skipped else 1.0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", measure)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", measure)
+    steps, refreshes = read_rows(run_v1(ask(v1_args, logging_steps=logging_steps)))
+    assert [row["step"] for row in steps] == kept
+    losses = {row["step"]: row["reference_loss"] for row in refreshes}
+    assert len(losses) == 2
+    assert (losses[0] == losses[2]) is (1 in skipped)
 
 
 def test_bad_input_is_refused_before_the_model_is_loaded(v1_args, data_dir, monkeypatch, tmp_path):
@@ -209,6 +216,7 @@ def test_bad_input_is_refused_before_the_model_is_loaded(v1_args, data_dir, monk
     monkeypatch.setattr("llamafactory.v1.trainers.sft_trainer.ModelEngine", load_model)
     raw = tmp_path / "raw.yaml"
     raw.write_text(yaml.safe_dump({"raw": {"path": f"{data_dir}/helpful.json", "source": "local"}}))
+    again = shutil.copy(v1_args["general"], tmp_path / "again.yaml")
     told = {
         "`ogpsa_rank` is 0; allowed: a positive integer": {"ogpsa_rank": 0},
         "`ogpsa_rnak` is given, which OGPSA does not have": {"ogpsa_rnak": 2},
@@ -217,6 +225,9 @@ def test_bad_input_is_refused_before_the_model_is_loaded(v1_args, data_dir, monk
         "`batching_strategy` is 'padding_free', which": {"batching_strategy": "padding_free"},
         "`dist_config.name` is 'deepspeed', which": {"dist_config": {"name": "deepspeed"}},
         "`cp_size` is 2, which": {"dist_config": {"name": "fsdp2", "cp_size": 2}},
+        f"a set 'helpful' twice, in {v1_args['general']} and {again}; allowed": {
+            "ogpsa_dataset": f"{v1_args['general']},{again}"
+        },
         "which cannot be read (": {"ogpsa_dataset": str(tmp_path / "none.json")},
         "'raw', whose records have _dataset_name, input, instruction, output; allowed": {"ogpsa_dataset": str(raw)},
         "`stage: ogpsa_sft` is given, but LLaMA-Factory's v1 trainer takes the stage from": {"stage": "ogpsa_sft"},
