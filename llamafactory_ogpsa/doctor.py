@@ -1,6 +1,6 @@
 """`llamafactory-ogpsa doctor`: can OGPSA train here, and if not, what to fix.
 
-Every check is a function that yields findings and does not raise for the problems that it checks for.
+Each check is a function that yields what it finds. A problem is a finding, not an exception.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 MODULE = "python -m llamafactory_ogpsa train ..."
 REQUIRED = ("torch", "transformers", "llamafactory", "accelerate", "peft")
+TORCH, PYPI_BUILD = "torch>=2.6,<2.15", "cu130"  # on PyPI, the newest of these and torchaudio have this build
+CLONE = "in a clone of this project"  # which is in no package index
 OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kernels on a GPU"}
 
 
@@ -64,7 +66,7 @@ def check_versions() -> Iterator[Finding]:
             if name in OPTIONAL:
                 yield Finding(NOTE, name, f"not installed; needed {OPTIONAL[name]} only")
             else:
-                yield Finding(FAIL, name, "not installed", f"pip install {name}")
+                yield Finding(FAIL, name, "not installed", f"pip install . {CLONE}")
 
 
 def check_entry_point() -> Iterator[Finding]:
@@ -74,51 +76,35 @@ def check_entry_point() -> Iterator[Finding]:
         yield Finding(OK, "entry point", f"torch.backends has {expected}")
     else:
         text = f"torch.backends lacks {expected}, so `llamafactory-cli` does not know OGPSA"
-        fix = "pip install llamafactory-ogpsa into this environment (a copy on PYTHONPATH is not enough)"
+        fix = f"pip install . {CLONE}, into this environment (a copy on PYTHONPATH is not enough)"
         yield Finding(FAIL, "entry point", text, f"{fix}, or train by `{MODULE}`")
 
 
 def check_torch() -> Iterator[Finding]:
-    """Can torch and the packages built on it, which LLaMA-Factory needs, be imported together?"""
-    for name in ("torch", "torchvision", "torchaudio"):
+    """Can torch and the packages built on it, which LLaMA-Factory needs, be imported together?
+
+    If torch and torchaudio are built for different CUDA versions, importing torchaudio fails, and so does every
+    `llamafactory-cli train`. pip cannot prevent it, because their requirements do not name the CUDA version.
+    """
+    names = ("torch", "torchvision", "torchaudio")
+    for name in names:
         error = import_error(name)
         if error:
-            fix = (
-                "install torch, torchvision and torchaudio that were built for the same CUDA, e.g. "
-                "pip install torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0"
-            )
+            build = build_of("torchaudio") or build_of("torch")
+            other = build not in (None, PYPI_BUILD)
+            index = f" --index-url https://download.pytorch.org/whl/{build}" if other else ""
+            fix = f"pip uninstall -y {' '.join(names)}, then pip install '{TORCH}' torchvision torchaudio{index}"
             yield Finding(FAIL, name, f"cannot be imported ({error})", fix)
+            return
+    yield Finding(OK, ", ".join(names), "can be imported together")
 
-    if "torch" in sys.modules:
-        yield compare_cuda(sys.modules["torch"].version.cuda, cuda_of("torchaudio"))
 
-
-def cuda_of(package: str) -> str | None:
-    """Return the CUDA version of a wheel of PyTorch's, from its version's suffix; None without a suffix."""
+def build_of(package: str) -> str | None:
+    """Return what a wheel of PyTorch's is built for (cu130), from its version's suffix; None without a suffix."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
-    if path is None or not path.is_file():
-        return None
-    built = re.search(r"\+cu(\d+)(\d)\b", path.read_text())
-    return ".".join(built.groups()) if built else None
-
-
-def compare_cuda(torch_cuda: str | None, audio_cuda: str | None) -> Finding:
-    """Is torch built for the CUDA that torchaudio is built for?
-
-    With a torch for another CUDA, importing torchaudio fails, and so does every `llamafactory-cli train`. pip cannot
-    prevent it, because the packages' requirements do not name the CUDA version.
-    """
-    if torch_cuda is None or audio_cuda is None or torch_cuda == audio_cuda:
-        built = "no CUDA" if torch_cuda is None else f"CUDA {torch_cuda}"
-        return Finding(OK, "torch and torchaudio", f"torch is built for {built}, torchaudio can be used with it")
-    return Finding(
-        FAIL,
-        "torch and torchaudio",
-        f"torch is built for CUDA {torch_cuda}, torchaudio for CUDA {audio_cuda}",
-        f"install a torch built for CUDA {audio_cuda} with the torchvision for it: 2.11, 2.12 and 2.14 from PyPI are "
-        f"built for CUDA 13.0, other builds are at https://download.pytorch.org/whl/cu{audio_cuda.replace('.', '')}",
-    )
+    built = re.search(r"\+(cu\d+|rocm[\d.]+|cpu)\b", path.read_text()) if path is not None and path.is_file() else None
+    return built[1] if built else None
 
 
 def check_hook() -> Iterator[Finding]:
@@ -163,9 +149,11 @@ def check_seams() -> Iterator[Finding]:
         if error is None:
             yield Finding(OK, name, "patched" if hooked else "would be patched by the import hook")
         elif name.startswith("llamafactory.webui"):
-            yield Finding(NOTE, name, f"{error}; the web UI runs without OGPSA, training is not affected")
+            yield Finding(NOTE, name, f"{error}; the web UI has no OGPSA here, training is not affected")
         elif name.startswith("llamafactory.v1"):
-            yield Finding(NOTE, name, f"{error}; with USE_V1=1 and ALLOW_EXTRA_KEYS=1 `ogpsa_*` options are ignored")
+            unread = name.endswith(".arg_parser") and error.startswith("not patched")
+            ignored = ", and with ALLOW_EXTRA_KEYS=1 its options are ignored" if unread else ""
+            yield Finding(NOTE, name, f"{error}; OGPSA cannot train with USE_V1=1{ignored}")
         elif error.startswith("cannot be imported"):
             yield Finding(FAIL, name, error, f"fix what keeps `python -c 'import {name}'` from working")
         else:
@@ -263,7 +251,7 @@ def check_deepspeed() -> Iterator[Finding]:
 
     problems = "; ".join(find_problems())
     if problems:
-        yield Finding(NOTE, "deepspeed", f"OGPSA cannot train with it: {problems}", "pip install '.[deepspeed]'")
+        yield Finding(NOTE, "deepspeed", f"OGPSA cannot use it: {problems}", f"pip install '.[deepspeed]' {CLONE}")
     else:
         yield Finding(OK, "deepspeed", "can be imported")
 

@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_a_copy_that_is_not_installed_is_diagnosed(site_without_plugin, tmp_path
     process = run_doctor("-S", cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{site_without_plugin}")
     assert process.returncode == 1
     assert "FAIL  entry point" in process.stdout
+    assert f"try: pip install . {doctor.CLONE}, into this environment" in process.stdout
     assert "FAIL  import hook: `import torch` did not install it" in process.stdout
 
 
@@ -85,38 +87,40 @@ def test_a_torch_that_cannot_be_imported_is_diagnosed_to_the_end(tmp_path):
     assert "Traceback" not in process.stderr
 
 
-def test_companions_built_for_another_cuda_are_diagnosed(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("torch_build", "audio_build", "index"),
+    [("cu132", "cu130", ""), ("cu130", "cu126", "cu126"), ("rocm6.2", None, "rocm6.2"), (None, None, "")],
+)
+def test_a_torch_for_another_cuda_than_torchaudio_is_diagnosed_once(
+    monkeypatch, tmp_path, torch_build, audio_build, index
+):
     (tmp_path / "torchaudio.py").write_text("raise RuntimeError('compiled with different CUDA versions')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torchaudio", raising=False)
-    (finding,) = failures(doctor.check_torch)
+    monkeypatch.setattr(doctor, "build_of", {"torch": torch_build, "torchaudio": audio_build}.get)
+    (finding,) = doctor.check_torch()
     assert str(finding).startswith("FAIL  torchaudio: cannot be imported (RuntimeError: compiled with different CUDA")
-    assert "torchaudio==2.11.0" in finding.fix
+    url = f" --index-url https://download.pytorch.org/whl/{index}" if index else ""
+    assert finding.fix.endswith(f"pip install '{doctor.TORCH}' torchvision torchaudio{url}")
+
+
+def test_the_torch_to_install_is_one_that_this_package_takes():
+    config = ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert doctor.TORCH in config["options"]["install_requires"].split()
 
 
 @pytest.mark.parametrize(
-    ("torch_cuda", "audio_cuda", "state"),
-    [("13.0", "13.0", doctor.OK), ("13.2", "13.0", doctor.FAIL), (None, "13.0", doctor.OK), ("13.0", None, doctor.OK)],
+    ("written", "build"),
+    [("2.11.0+cu130", "cu130"), ("2.6.0+rocm6.2", "rocm6.2"), ("2.9+cpu", "cpu"), ("2.6.0", None)],
 )
-def test_a_torch_for_another_cuda_than_torchaudio_is_diagnosed(torch_cuda, audio_cuda, state):
-    finding = doctor.compare_cuda(torch_cuda, audio_cuda)
-    assert finding.state == state
-    if state == doctor.FAIL:
-        assert "torch is built for CUDA 13.2, torchaudio for CUDA 13.0" in finding.text
-        assert finding.fix.startswith("install a torch built for CUDA 13.0")
-        assert finding.fix.endswith("/whl/cu130")
-
-
-@pytest.mark.parametrize(
-    ("written", "cuda"), [("2.11.0+cu130", "13.0"), ("2.6.0+cu124", "12.4"), ("2.6.0", None), ("2.6.0+rocm6.2", None)]
-)
-def test_the_cuda_of_a_wheel_is_read_without_importing_it(monkeypatch, tmp_path, written, cuda):
+def test_the_build_of_a_wheel_is_read_without_importing_it(monkeypatch, tmp_path, written, build):
     (tmp_path / "wheel_of_torch").mkdir()
     (tmp_path / "wheel_of_torch" / "__init__.py").write_text("raise RuntimeError")
     (tmp_path / "wheel_of_torch" / "version.py").write_text(f"__version__ = '{written}'\ngit_version = '34c52a'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor.cuda_of("wheel_of_torch") == cuda
-    assert doctor.cuda_of("not_installed_at_all") is None
+    assert doctor.build_of("wheel_of_torch") == build
+    assert doctor.build_of("not_installed_at_all") is None
 
 
 @pytest.mark.parametrize("variable", ["USE_MCA", "USE_MEGATRON_BRIDGE", "USE_KT"])
@@ -148,7 +152,7 @@ def test_a_missing_package_fails_where_it_is_required(monkeypatch):
 
     monkeypatch.setattr(doctor, "version", version)
     findings = {finding.subject: finding for finding in doctor.check_versions()}
-    assert (findings["peft"].state, findings["peft"].fix) == (doctor.FAIL, "pip install peft")
+    assert (findings["peft"].state, findings["peft"].fix) == (doctor.FAIL, f"pip install . {doctor.CLONE}")
     assert findings["deepspeed"].state == doctor.NOTE
     assert findings["torch"].state == doctor.OK
 
@@ -186,6 +190,25 @@ def test_what_the_hook_says_of_a_seam_is_told_and_a_broken_web_ui_is_no_obstacle
     assert web_ui[:2] == ("note", broken[1])
     for finding in (workflow, web_ui):
         assert "not patched (No module named 'llamafactory_ogpsa.nowhere')" in finding[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "told"),
+    [
+        ("cannot be imported (x)", "webui.interface", "the web UI has no OGPSA here, training is not affected"),
+        ("cannot be imported (x)", "v1.config.arg_parser", "OGPSA cannot train with USE_V1=1"),
+        ("not patched (x)", "v1.trainers.sft_trainer", "OGPSA cannot train with USE_V1=1"),
+        (
+            "not patched (x)",
+            "v1.config.arg_parser",
+            "OGPSA cannot train with USE_V1=1, and with ALLOW_EXTRA_KEYS=1 its options are ignored",
+        ),
+    ],
+)
+def test_a_note_says_what_follows_and_no_more(monkeypatch, error, name, told):
+    monkeypatch.setattr(doctor, "seam_error", lambda seam: error if seam == f"llamafactory.{name}" else None)
+    (finding,) = (finding for finding in doctor.check_seams() if finding.subject == f"llamafactory.{name}")
+    assert (finding.state, finding.text) == (doctor.NOTE, f"{error}; {told}")
 
 
 def test_deepspeed_that_cannot_be_imported_is_noted(monkeypatch, tmp_path):
