@@ -12,7 +12,7 @@ from .recipes.prepare import RECIPES, prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; return the exit status, 2 for an error that the user can fix."""
+    """Run a subcommand; return the exit status."""
     parser = make_parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown and "extra" not in arguments:
@@ -29,14 +29,15 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-ogpsa",
-        description="Data and checks for OGPSA training; the training itself is `llamafactory-cli train`.",
+        description="Data and checks for OGPSA training; the training itself is `llamafactory-cli train`. "
+        "Exit status: 2 where something given cannot be used; the message says what and why.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_prepare(commands.add_parser("prepare", help="make LLaMA-Factory datasets of published data"))
     add_evaluate(
         commands.add_parser("evaluate", help="measure general ability or safety of a model", allow_abbrev=False)
     )
-    add_compare(commands.add_parser("compare", help="turn results of evaluate into a table and a picture"))
+    add_compare(commands.add_parser("compare", help="turn results of evaluate into a table, and a picture"))
     doctor = commands.add_parser(
         "doctor",
         help="check whether OGPSA can train here, and print what to fix",
@@ -109,20 +110,20 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Add the options of `compare`."""
-    parser.description = "Print a Markdown table of the results, a row a folder, and draw them as a scatter plot."
-    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folder given to evaluate as --output")
-    parser.add_argument(
-        "--picture", metavar="FILE", default="comparison.png", help="the scatter plot (default: %(default)s)"
+    parser.description = (
+        "Print a Markdown table of the results, a row a folder, and with --picture draw them as a scatter plot. "
+        "Exit status: 2 where a folder has no results, or where the picture cannot be drawn after the table was printed."
     )
+    parser.add_argument("results", nargs="+", metavar="RESULTS", help="folder given to evaluate as --output")
+    parser.add_argument("--picture", metavar="FILE", help="the scatter plot (default: none)")
     parser.set_defaults(run=run_compare)
 
 
 def positive(text: str) -> int:
     """Read a positive integer."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def run_prepare(arguments: argparse.Namespace) -> int:
@@ -135,17 +136,18 @@ def run_prepare(arguments: argparse.Namespace) -> int:
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Run lm-evaluation-harness."""
-    sources = {name: getattr(arguments, name) for name in ("xstest", "strongreject", "judge")}
+    sources = {name: getattr(arguments, name) for name in ("judge", "xstest", "strongreject")}
     model, adapter, output = arguments.model, arguments.adapter, arguments.output
     return evaluate(arguments.kind, model, adapter, output, arguments.tasks, sources, arguments.extra)
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
-    """Print the table and draw the picture."""
+    """Print the table, and draw the picture if one is wanted."""
     rows = read_rows(arguments.results)
     print(make_table(rows))
-    draw(rows, Path(arguments.picture))
-    print(f"picture in {arguments.picture}", file=sys.stderr)
+    if arguments.picture:
+        draw(rows, Path(arguments.picture))
+        print(f"picture in {arguments.picture}", file=sys.stderr)
     return 0
 
 

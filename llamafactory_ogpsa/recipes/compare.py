@@ -1,13 +1,15 @@
-"""`llamafactory-ogpsa compare`: result folders of lm-evaluation-harness → a table and a scatter plot."""
+"""`llamafactory-ogpsa compare`: result folders of lm-evaluation-harness → a table, and a scatter plot if wanted."""
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import RecipeError
 
 
-# A general task is scored by the first of these that it has.
+# A general task is scored by the first of these that it has, with the first of the task's filters of answers.
 METRICS = ("prompt_level_strict_acc", "exact_match", "acc_norm", "acc")
 SAFETY = {
     "ogpsa_strongreject": "refuses StrongREJECT ↑",
@@ -34,7 +36,8 @@ def read_scores(folder: Path) -> dict[str, float]:
             content = json.loads(file.read_text(encoding="utf-8"))
             parts = {part for members in content.get("group_subtasks", {}).values() for part in members}
             for task, figures in content["results"].items():
-                scores = {name.partition(",")[0]: value for name, value in figures.items() if isinstance(value, float)}
+                items = reversed(figures.items())  # named "metric,filter": the first filter comes last, and stays
+                scores = {name.partition(",")[0]: value for name, value in items if isinstance(value, float)}
                 if task in SAFETY:
                     safety[SAFETY[task]] = scores["refusal_rate"]
                 elif task not in parts and scores.keys() & set(METRICS):
@@ -90,13 +93,15 @@ def draw(rows: Rows, path: Path) -> None:
     """Draw general ability against refusals of harmful and of harmless prompts.
 
     Raises:
-        RecipeError: no row has both, or the file cannot be written.
+        RecipeError: no row has both, or the rows share no general task, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     shown = [column for column in SAFETY.values() if any({AVERAGE, column} <= row.keys() for row in rows.values())]
     if not shown:
-        raise RecipeError("a scatter plot needs general and safety results of the same model; there are none.")
+        apart = columns_of(rows)[0] not in (AVERAGE, *SAFETY.values())  # a general task, and no average before it
+        reason = "the models have no general task in common" if apart else "there are none"
+        raise RecipeError(f"a scatter plot needs a general average and safety results of the same model; {reason}.")
 
     figure = Figure(figsize=(4 * len(shown) + 1.5, 4), layout="constrained")
     points = {}
@@ -107,7 +112,12 @@ def draw(rows: Rows, path: Path) -> None:
         axes.set(xlabel=f"{AVERAGE[:-1]}(%) ↑", ylabel=f"{column[:-1]}(%) {column[-1]}")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(points.values()), loc="outside right center")
+    temporary = Path(f"{path}.tmp")
     try:
-        figure.savefig(path, dpi=150, format=path.suffix[1:] or "png")
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
+        os.replace(temporary, path)
     except (OSError, ValueError) as err:
         raise RecipeError(f"cannot write the picture {path}: {getattr(err, 'strerror', None) or err}.") from err
+    finally:
+        with suppress(OSError):
+            temporary.unlink()

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from .errors import RecipeError
@@ -14,6 +15,9 @@ from .refusal_rule import load_judge
 
 TASKS = {"general": "mmlu,gpqa_main_zeroshot,ifeval,truthfulqa_mc2,bbh_cot_fewshot", "safety": "ogpsa_safety"}
 TASK_FOLDER = Path(__file__).parent / "tasks"
+# The tasks that each option has an effect on.
+XSTEST, STRONGREJECT = ("ogpsa_xstest_safe", "ogpsa_xstest_unsafe"), ("ogpsa_strongreject",)
+READERS = {"xstest": XSTEST, "strongreject": STRONGREJECT, "judge": XSTEST + STRONGREJECT}
 
 
 def evaluate(
@@ -31,25 +35,37 @@ def evaluate(
         extra: more words of the harness's command line.
 
     Raises:
-        RecipeError: the harness is not installed, there is no such judge, or the safety data cannot be used.
+        RecipeError: the harness is not installed, there is no such judge, the safety data cannot be used, or an option
+            would have no effect.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise RecipeError(
-            "evaluation needs lm-evaluation-harness; install it by: pip install 'llamafactory-ogpsa[eval]'."
+            "evaluation needs lm-evaluation-harness; install it by: pip install '.[eval]' in a clone of this project."
         )
     from .tasks import functions
 
-    given = {name: value for name, value in sources.items() if value}
-    if "judge" in given:
-        load_judge(given["judge"])
+    if any(word.startswith(("--output_", "-o")) for word in extra):
+        raise RecipeError("the harness's --output_path would replace --output; give --output alone.")
     tasks = tasks or TASKS[kind]
-    for name in ("xstest_safe", "xstest_unsafe", "strongreject"):
-        source = given.get(name.split("_")[0])
-        if source and {"ogpsa_safety", f"ogpsa_{name}"} & set(tasks.split(",")):
-            getattr(functions, name)(source)  # reads it, because the harness would show a traceback
+    given = {option: value for option, value in sources.items() if value is not None}
+    for option, value in given.items():
+        read = [name for name in READERS[option] if is_run(name, tasks)]
+        if not read:
+            allowed = ", ".join(("ogpsa_safety", *READERS[option]))
+            raise RecipeError(f"--{option} has no effect on the tasks {tasks}; allowed with it: {allowed}.")
+        if option == "judge":
+            load_judge(value)
+        else:
+            for name in read:  # reads the data, because the harness would show a traceback
+                getattr(functions, name.removeprefix("ogpsa_"))(value)
     command = harness_command(model, adapter, output, tasks, given, extra)
     print(shlex.join(command), file=sys.stderr)
     return subprocess.run(command).returncode
+
+
+def is_run(name: str, tasks: str) -> bool:
+    """Return whether `tasks`, which can have patterns, runs a safety task, alone or in the group."""
+    return any(fnmatch(known, pattern) for known in (name, "ogpsa_safety") for pattern in tasks.split(","))
 
 
 def harness_command(
@@ -60,5 +76,5 @@ def harness_command(
     words += ["--tasks", tasks, "--include_path", str(TASK_FOLDER), "--apply_chat_template"]
     words += ["--output_path", output, "--log_samples"]
     words += ["--metadata", json.dumps(given)] if given else []
-    words += [] if "--batch_size" in extra else ["--batch_size", "auto"]
-    return [sys.executable, "-m", "lm_eval", "run", *words, *extra]
+    # Of an option given twice the harness takes the last.
+    return [sys.executable, "-m", "lm_eval", "run", *words, "--batch_size", "auto", *extra]

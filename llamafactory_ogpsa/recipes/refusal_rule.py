@@ -12,7 +12,9 @@ people agree with the rule: docs/recipes.md.
 """
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Callable
 
 from .errors import RecipeError
@@ -60,14 +62,22 @@ def load_judge(name: str) -> Callable[[str, str], bool]:
     """Import a judge.
 
     Args:
-        name: `package.module:function`; the function gets a prompt and its answer and returns whether the answer is a
-            refusal.
+        name: `package.module:function`, in the current folder or installed; the function gets a prompt and its answer
+            and returns whether the answer is a refusal.
 
     Raises:
-        RecipeError: there is no such function.
+        RecipeError: there is no such function, or its module cannot be imported; says why.
     """
+    # Neither a console script nor `python -P` looks there.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     module, _, function = name.partition(":")
+    allowed = "allowed is package.module:function, of a module in the current folder or installed"
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as err:
-        raise RecipeError(f"--judge is {name}, which is not a package.module:function ({err}).") from err
+        judge = getattr(importlib.import_module(module), function, None)
+    except Exception as err:  # whatever the user's module raises
+        raised = f"importing {module!r} raised {type(err).__name__}: {err}"
+        raise RecipeError(f"--judge is {name!r}, but {raised}; {allowed}.") from err
+    if not callable(judge):
+        raise RecipeError(f"--judge is {name!r}, but {module!r} has no function {function!r}; {allowed}.")
+    return judge

@@ -1,6 +1,7 @@
 """The rule for refusals, and the table and picture of results."""
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -72,9 +73,30 @@ def test_the_rule_calls_few_ordinary_answers_refusals():
 
 def test_a_judge_is_imported_by_name():
     assert load_judge("operator:contains")("prompt", "o")
-    for name in ("nowhere:f", "operator:nowhere", "operator", ":f"):
-        with pytest.raises(RecipeError, match="--judge"):
-            load_judge(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere:f", "importing 'nowhere' raised ModuleNotFoundError: No module named 'nowhere'"),
+        ("needy_judge:f", "importing 'needy_judge' raised ModuleNotFoundError: No module named 'not_installed'"),
+        ("broken_judge:f", "importing 'broken_judge' raised KeyError: 'API_KEY'"),
+        ("operator:nowhere", "'operator' has no function 'nowhere'"),
+        ("operator:__doc__", "'operator' has no function '__doc__'"),
+        ("operator", "'operator' has no function ''"),
+        (":f", "importing '' raised ValueError: Empty module name"),
+        (".f:g", "importing '.f' raised TypeError: "),
+    ],
+)
+def test_what_is_no_judge_is_told_with_what_is_allowed(name, told, tmp_path, monkeypatch):
+    (tmp_path / "needy_judge.py").write_text("import not_installed")
+    (tmp_path / "broken_judge.py").write_text("import os\nos.environ = {}\nos.environ['API_KEY']")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        load_judge(name)
+    assert f"--judge is {name!r}" in str(caught.value)
+    assert told in str(caught.value)
+    assert "allowed is package.module:function" in str(caught.value)
 
 
 def write_results(folder, name, results, groups=None):
@@ -129,6 +151,13 @@ def test_of_two_measurements_the_newer_counts(results):
     assert read_scores(results / "naive")["mmlu"] == 1.0
 
 
+def test_of_several_filters_the_first_counts(tmp_path):
+    gsm8k = {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.1}
+    gsm8k |= {"exact_match,flexible-extract": 0.75, "exact_match_stderr,flexible-extract": 0.1}
+    write_results(tmp_path, "x", {"gsm8k": gsm8k})
+    assert read_scores(tmp_path) == {"gsm8k": 0.25}
+
+
 def test_the_command_prints_a_table_and_draws(results, capsys):
     picture = results / "picture.png"
     folders = [str(results / name) for name in ("naive", "ogpsa")]
@@ -150,11 +179,30 @@ def test_a_picture_that_cannot_be_written_is_told(results, name, capsys):
     assert {path.name for path in results.iterdir()} == {"naive", "ogpsa"}
 
 
+def test_a_picture_is_replaced_as_a_whole_or_not_at_all(results, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+
+    def fail(figure, path, **options):
+        Path(path).write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    picture = results / "picture.png"
+    picture.write_bytes(b"the picture before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", fail)
+        assert main(["compare", str(results / "naive"), "--picture", str(picture)]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert picture.read_bytes() == b"the picture before"
+    assert {path.name for path in results.iterdir()} == {"naive", "ogpsa", "picture.png"}
+    assert main(["compare", str(results / "naive"), "--picture", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_was_not_measured_is_a_dash():
     rows = {"a": {AVERAGE: 0.5, "mmlu": 0.5}, "b": {SAFETY["ogpsa_strongreject"]: 1.0}}
     assert columns_of(rows) == [AVERAGE, "mmlu", SAFETY["ogpsa_strongreject"]]
     assert make_table(rows).splitlines()[2:] == ["| a | 50.00 | 50.00 | – |", "| b | – | – | 100.00 |"]
-    with pytest.raises(RecipeError, match="general and safety results of the same model"):
+    with pytest.raises(RecipeError, match="a general average and safety results of the same model; there are none"):
         draw(rows, Path("nowhere.png"))
 
 
@@ -169,6 +217,11 @@ def test_averages_are_over_the_tasks_that_all_have():
     nothing_shared = {"a": {"mmlu": 0.5}, "b": {"bbh": 0.5}, "c": {}}
     add_average(nothing_shared)
     assert not any(AVERAGE in scores for scores in nothing_shared.values())
+    nothing_shared["a"][SAFETY["ogpsa_strongreject"]] = 1.0
+    with pytest.raises(RecipeError, match="the models have no general task in common"):
+        draw(nothing_shared, Path("nowhere.png"))
+    with pytest.raises(RecipeError, match="there are none"):
+        draw({"c": {SAFETY["ogpsa_strongreject"]: 1.0}}, Path("nowhere.png"))
     add_average({"c": {SAFETY["ogpsa_strongreject"]: 1.0}})
 
 
@@ -188,12 +241,16 @@ def test_a_model_has_one_colour_in_every_panel(monkeypatch, tmp_path):
     assert drawn == [("a", "C0"), ("b", "C1"), ("b", "C1")]
 
 
-def test_the_table_comes_also_where_there_is_nothing_to_draw(results, capsys):
+def test_the_table_comes_also_where_there_is_nothing_to_draw(results, capsys, monkeypatch):
+    monkeypatch.chdir(results)
     write_results(results / "only", "x", {"mmlu": {"acc,none": 0.5}})
-    assert main(["compare", str(results / "only")]) == 2
-    printed = capsys.readouterr()
-    assert printed.out.splitlines()[-1] == "| only | 50.00 | 50.00 |"
-    assert "a scatter plot needs" in printed.err
+    for status, options in [(2, ["--picture", "p.png"]), (0, [])]:
+        assert main(["compare", "only", *options]) == status
+        printed = capsys.readouterr()
+        assert printed.out.splitlines()[-1] == "| only | 50.00 | 50.00 |"
+        assert ("a scatter plot needs" in printed.err) == bool(status)
+    assert main(["compare", "naive"]) == 0
+    assert {path.name for path in results.iterdir()} == {"naive", "ogpsa", "only"}
 
 
 def test_folders_without_results_are_refused(results, capsys):

@@ -103,7 +103,7 @@ def test_from_raw_files_to_the_comparison(harness_here, tmp_path, monkeypatch, c
         assert main(["evaluate", "general", *model, *output, "--tasks", "truthfulqa_mc2"]) == 0
 
     capsys.readouterr()
-    assert main(["compare", "results/qwen", "results/llama"]) == 0
+    assert main(["compare", "results/qwen", "results/llama", "--picture", "comparison.png"]) == 0
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert header.split(" | ")[1:3] == ["general average ↑", "truthfulqa_mc2"]
     assert len(header.split(" | ")) == 6
@@ -135,13 +135,51 @@ def test_a_judge_takes_the_place_of_the_rule(harness_here, tmp_path, monkeypatch
     assert rates["ogpsa_xstest_safe"] == 0
 
 
+@pytest.mark.cli
+def test_the_console_script_finds_a_judge_in_the_current_folder(tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+    (tmp_path / "my_judge.py").write_text("def refuses(prompt, answer):\n    return True\n")
+    script = Path(sys.executable).with_name("llamafactory-ogpsa")
+    words = ["--model", "m", "--output", "out", "--judge", "my_judge:refuses", "--xstest", "nowhere.csv"]
+    process = subprocess.run([script, "evaluate", "safety", *words], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2
+    assert (
+        process.stderr == "llamafactory-ogpsa: nowhere.csv does not exist.\n"
+    )  # so the judge, loaded first, was found
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["general", "--judge", "operator:contains"], "--judge has no effect on the tasks mmlu,gpqa_main_zeroshot,"),
+        (["general", "--xstest", "x.csv"], "allowed with it: ogpsa_safety, ogpsa_xstest_safe, ogpsa_xstest_unsafe."),
+        (["safety", "--tasks", "ogpsa_xstest_safe", "--strongreject", "x.csv"], "--strongreject has no effect"),
+        (["safety", "--judge", ""], "--judge is '', but importing '' raised"),
+        (["safety", "--output_path", "elsewhere"], "--output_path would replace --output"),
+        (["safety", "-o=elsewhere"], "--output_path would replace --output"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(words, told, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+    monkeypatch.setattr(evaluate, "subprocess", None)
+    assert main(["evaluate", "--model", "m", "--output", "out", *words]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tasks", ["ogpsa_safety", "mmlu,ogpsa_safety", "ogpsa_xstest_*", "mmlu,ogpsa_xstest_unsafe"])
+def test_the_safety_options_are_taken_with_every_way_to_name_the_tasks(tasks, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+    monkeypatch.setattr(evaluate, "subprocess", SimpleNamespace(run=lambda command: SimpleNamespace(returncode=7)))
+    words = ["--tasks", tasks, "--judge", "operator:contains", *write_safety_data(tmp_path)[:2]]
+    assert main(["evaluate", "general", "--model", "m", "--output", "out", *words]) == 7
+
+
 def test_the_command_line_of_the_harness():
     command = evaluate.harness_command("m", "a", "out", "mmlu,ifeval", {}, ["--limit", "3", "--batch_size", "2"])
     assert command[1:5] == ["-m", "lm_eval", "run", "--model"]
     assert "pretrained=m,peft=a" in command
     assert command[command.index("--tasks") + 1] == "mmlu,ifeval"
-    assert command[-4:] == ["--limit", "3", "--batch_size", "2"]
-    assert command.count("--batch_size") == 1
+    assert command[-6:] == ["--batch_size", "auto", "--limit", "3", "--batch_size", "2"]
     command = evaluate.harness_command("m", None, "out", "ogpsa_safety", {"xstest": "x.csv"}, [])
     assert "pretrained=m" in command
     assert command[-2:] == ["--batch_size", "auto"]
@@ -175,7 +213,7 @@ def test_safety_data_that_cannot_be_used_are_told_before_the_harness_runs(option
 
 def test_a_missing_harness_is_told_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r"pip install 'llamafactory-ogpsa\[eval\]'"):
+    with pytest.raises(RecipeError, match=r"pip install '\.\[eval\]' in a clone"):
         evaluate.evaluate("general", "m", None, "out", None, {}, [])
 
 
