@@ -11,6 +11,9 @@ from .samples import Sample
 
 INFO = "dataset_info.json"
 
+# A recipe's sets are named `<recipe>_<kind><suffix>`.
+KINDS, SUFFIXES = ("sft", "dpo"), ("", "_heldout")
+
 # LLaMA-Factory's names for the roles of the columns that have other names here.
 _ROLES = {"instruction": "prompt", "input": "query", "output": "response"}
 
@@ -22,14 +25,15 @@ def write(folder: Path, recipe: str, train: list[Sample], held_out: list[Sample]
     which may be empty, end in `_heldout`. Returns the number of samples by dataset name.
 
     Raises:
-        RecipeError: dataset_info.json is not a JSON object, or has another entry of such a name.
+        RecipeError: dataset_info.json is not a JSON object, or has another entry of such a name, or has a set of the
+            recipe that these samples do not give.
     """
     samples = [*train, *held_out]
-    kinds = ("sft", "dpo") if all(sample.rejected for sample in samples) else ("sft",)
+    kinds = KINDS if all(sample.rejected for sample in samples) else KINDS[:1]
     turns = any(sample.history for sample in samples)
 
     counts, entries, files = {}, {}, {}
-    for suffix, part in [("", train), ("_heldout", held_out)]:
+    for suffix, part in zip(SUFFIXES, (train, held_out), strict=True):
         for kind in kinds if part else ():
             name = f"{recipe}_{kind}{suffix}"
             records = [record_of(sample, kind, turns) for sample in part]
@@ -40,7 +44,7 @@ def write(folder: Path, recipe: str, train: list[Sample], held_out: list[Sample]
             files[f"{name}.json"] = "[\n" + ",\n".join(lines) + "\n]\n"
             counts[name] = len(part)
 
-    info = merge(read_info(folder / INFO), entries)
+    info = merge(read_info(folder / INFO), entries, recipe)
     folder.mkdir(parents=True, exist_ok=True)
     replace_all(folder, {**files, INFO: json.dumps(info, indent=2, ensure_ascii=False) + "\n"})
     return counts
@@ -54,8 +58,17 @@ def record_of(sample: Sample, kind: str, turns: bool) -> dict[str, Any]:
     return {**record, "history": sample.history} if turns else record
 
 
-def merge(info: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """Add entries to `info`; raise a RecipeError where it has another entry of the same name or file."""
+def merge(info: dict[str, Any], entries: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """Add a recipe's entries to `info`.
+
+    Raises:
+        RecipeError: `info` has another entry of the same name or file, or a set of the recipe from another dataset.
+    """
+    own = {f"{recipe}_{kind}{suffix}" for kind in KINDS for suffix in SUFFIXES}
+    stale = [name for name in info if name in own - entries.keys()]
+    if stale:
+        rule = "which this run does not write; choose another --output, or remove these entries first"
+        raise RecipeError(f"{INFO} has {', '.join(stale)}, {rule}.")
     files = {entry["file_name"] for entry in entries.values()}
     for name, entry in info.items():
         file = os.path.normpath(str(entry.get("file_name"))) if isinstance(entry, dict) else None

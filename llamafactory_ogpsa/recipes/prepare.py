@@ -84,7 +84,7 @@ def prepare(
     """
     recipe, drops = RECIPES[name], Counter()
     source = source or recipe.hub_id
-    label = make_label(refusals, seed) if refusals else None
+    label = None if refusals is None else make_label(refusals, seed)
     dataset = load(source, recipe.config, recipe.splits)
     schema = find_schema(dataset, source, *recipe.schemas)
     samples = recipe.schemas[schema](iterate(dataset, drops), drops)

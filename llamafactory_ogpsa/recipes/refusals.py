@@ -18,6 +18,10 @@ TEMPLATE_FILE = Path(__file__).with_name("refusals.txt")
 Label = Callable[[str, str | None, str | None], str | None]
 
 _TOPIC = "{topic}"
+_ALLOWED = (
+    f"allowed: {TEMPLATES}, {DATASET}, a UTF-8 file with one refusal a line, at least one of them without {_TOPIC}, "
+    "or such a file with JSON lines of prompt and refusal, whose name ends in .jsonl"
+)
 
 
 def make_label(choice: str, seed: int) -> Label:
@@ -42,15 +46,14 @@ def make_label(choice: str, seed: int) -> Label:
             records = map(json.loads, refusals)
             by_prompt = {prompt_key(record["prompt"]): clean(record["refusal"]) for record in records}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
-        allowed = "UTF-8 text, or JSON lines with prompt and refusal where its name ends in .jsonl"
-        raise RecipeError(f"--refusals {path} cannot be used ({err!r}); allowed: {allowed}.") from err
+        raise RecipeError(f"--refusals {choice!r} cannot be used ({err!r}); {_ALLOWED}.") from err
 
     if by_prompt:
         return lambda prompt, topic, own: by_prompt.get(prompt_key(prompt)) or None
 
     general = [text for text in refusals if _TOPIC not in text]
     if not general:
-        raise RecipeError(f"--refusals {path} has no line without {_TOPIC}, for prompts whose topic is not known.")
+        raise RecipeError(f"--refusals {choice!r} has no line for prompts whose topic is not known; {_ALLOWED}.")
 
     def label(prompt: str, topic: str | None, own: str | None) -> str:
         draw = random.Random(f"{seed} {prompt}")

@@ -19,8 +19,6 @@ BATCH = 256
 # How names of local files end, and names of datasets on the hub do not.
 _FILES = (".csv", ".gz", ".json", ".jsonl", ".parquet")
 
-NOT_UTF8 = "text that is not UTF-8"
-
 
 def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
     """Load one split of a dataset, memory-mapped.
@@ -104,6 +102,6 @@ def iterate(dataset: "Dataset", drops: Counter) -> Iterator[dict[str, Any]]:
                 try:
                     row = part[index]
                 except UnicodeDecodeError:
-                    drops[NOT_UTF8] += 1
+                    drops["text that is not UTF-8"] += 1
                 else:
                     yield row

@@ -23,6 +23,8 @@ def make_sample(row: dict[str, Any]) -> Sample | str:
     if any(_SPEAKER.search(turn) for turn in (*chosen, rejected[-1])):
         return "a turn holds another turn"
     *history, prompt, answer = chosen
+    if not all(history):
+        return "an earlier turn is empty"
     return Sample(prompt, answer, rejected[-1], history=tuple(zip(history[::2], history[1::2], strict=True)))
 
 

@@ -53,9 +53,17 @@ def test_a_kill_at_any_moment_leaves_whole_files(tmp_path, call, count):
 
 def test_merging_replaces_nothing(tmp_path):
     ours, other = {"file_name": "x.json"}, {"file_name": "y.json"}
-    assert merge({"a": other, "b": [1]}, {"c": ours}) == {"a": other, "b": [1], "c": ours}
-    assert merge({"a": ours}, {"a": ours}) == {"a": ours}
+    assert merge({"a": other, "b": [1]}, {"c": ours}, "safety") == {"a": other, "b": [1], "c": ours}
+    assert merge({"a": ours}, {"a": ours}, "safety") == {"a": ours}
     for info in ({"a": other}, {"a": {**ours, "ranking": True}}, {"b": ours}):
         with pytest.raises(RecipeError, match="has another entry"):
-            merge(info, {"a": ours})
+            merge(info, {"a": ours}, "safety")
     assert read_info(tmp_path / "nowhere.json") == {}
+
+
+@pytest.mark.parametrize("stale", [["safety_dpo"], ["safety_sft_heldout"], ["safety_dpo", "safety_dpo_heldout"]])
+def test_a_set_of_the_recipe_that_would_stay_from_another_dataset_is_refused(stale):
+    ours, others = {"file_name": "x.json"}, {name: {"file_name": f"{name}.json"} for name in stale}
+    with pytest.raises(RecipeError, match=f"has {', '.join(stale)}, which this run does not write; choose another"):
+        merge(others, {"safety_sft": ours}, "safety")
+    assert set(merge(others, {"helpful_sft": ours}, "helpful")) == {*stale, "helpful_sft"}

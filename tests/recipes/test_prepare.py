@@ -192,6 +192,18 @@ def test_a_dataset_info_that_is_not_ours_to_change_stops_before_any_file(raw, in
     assert [file.name for file in tmp_path.iterdir()] == ["dataset_info.json"]
 
 
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_second_dataset_that_gives_fewer_sets_stops_before_any_file(raw, count, tmp_path, capsys):
+    """40 instructions have no bad answers, so there is no ranking set; of one alone none is held out either."""
+    assert prepare("safety", raw["safety"], tmp_path / "out") == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    records = [{"instruction": f"p {i}", "input": "", "output": "no"} for i in range(count)]
+    assert prepare("safety", write_lines(tmp_path / "other.jsonl", records), tmp_path / "out") == 2
+    stale = [name for name in names_of("safety") if "_dpo" in name or (count == 1 and "_heldout" in name)]
+    assert f"dataset_info.json has {', '.join(stale)}, which this run does not write" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [
@@ -312,12 +324,17 @@ def test_help_is_quick_and_imports_nothing_heavy():
     assert all(option in printed for option in ("--from", "--output", "--seed", "--num-samples", "--refusals"))
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_refusals_that_are_given_empty_are_no_default(raw, tmp_path, capsys):
+    assert prepare("safety", raw["safety"], tmp_path, "--refusals", "") == 2
+    assert "--refusals '' cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", ""])
 def test_num_samples_must_be_positive(value, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["prepare", "safety", "--num-samples", value])
     assert exit.value.code == 2
-    assert "--num-samples" in capsys.readouterr().err
+    assert f"--num-samples: {value!r} is not a positive integer" in capsys.readouterr().err
 
 
 def test_the_wheel_has_the_templates_and_the_console_script_is_the_command_line():

@@ -143,8 +143,8 @@ def test_the_users_refusals_are_taken_by_prompt(tmp_path):
     [
         ("nowhere.txt", None, "cannot be used (FileNotFoundError("),
         ("latin.txt", "café".encode("latin-1"), "cannot be used (UnicodeDecodeError("),
-        ("empty.txt", b"\n\n", "no line without {topic}"),
-        ("topics.txt", b"Not {topic}.\n", "no line without {topic}"),
+        ("empty.txt", b"\n\n", "no line for prompts whose topic is not known"),
+        ("topics.txt", b"Not {topic}.\n", "no line for prompts whose topic is not known"),
         (
             "a.jsonl",
             b'{"prompt": "p", "refusal": "r"}\n{"prompt": "p"}\n',
@@ -160,6 +160,7 @@ def test_a_bad_file_of_refusals_is_refused_by_name(tmp_path, name, content, mess
     with pytest.raises(RecipeError, match="--refusals") as caught:
         make_label(str(tmp_path / name), 0)
     assert message in str(caught.value)
+    assert "; allowed: templates, dataset, a UTF-8 file with one refusal a line, at least one" in str(caught.value)
 
 
 def read_helpful(records, binarized=False):
@@ -239,6 +240,7 @@ def test_transcripts_give_the_last_request_its_two_answers_and_the_turns_before(
         {**good, "rejected": transcript("q", "bad  Human: really?")},
         {**good, "rejected": "\n\nHuman: q\n\nHuman: q\n\nAssistant: bad\n\nAssistant: bad"},
         {"chosen": transcript("Q ", "x"), "rejected": transcript("q", "y")},
+        *({kind: transcript(*turns, "q", kind) for kind in good} for turns in [("", "b"), ("a", " \n")]),
     ]
     drops = Counter()
     assert collect([good, long, *bad], drops, transcripts.make_sample) == [
@@ -251,6 +253,7 @@ def test_transcripts_give_the_last_request_its_two_answers_and_the_turns_before(
         "turns of Human and Assistant do not alternate": 5,
         "empty answer": 1,
         "a turn holds another turn": 1,
+        "an earlier turn is empty": 2,
     }
 
 
