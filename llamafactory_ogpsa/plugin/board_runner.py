@@ -9,9 +9,10 @@ from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.runner import Runner
 
 from ..options import PREFIX
+from .board_checks import find_error
 from .board_locales import LOCALES
 from .board_plot import make_figure, show_figure, show_refresh
-from .board_tab import find_error, is_ogpsa, options_of, stock_stage
+from .board_tab import is_ogpsa, options_of, stock_stage
 
 
 # The methods of LlamaBoard's runner that are wrapped, with their parameters.

@@ -1,6 +1,5 @@
-"""LlamaBoard's accordion "OGPSA configurations": its elements, their events, and the checks before a run."""
+"""LlamaBoard's accordion "OGPSA configurations": its elements and their events."""
 
-import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +8,9 @@ from llamafactory.extras.constants import TRAINING_STAGES
 from llamafactory.webui.common import get_save_dir, load_dataset_info
 from llamafactory.webui.control import change_stage
 
-from ..options import OPTIONS, PREFIX, Option, resolve
-from .arguments import refuse_backends
-from .board_locales import alert, label
+from ..options import OPTIONS, Option
 from .board_plot import show_figure
-from .distributed import check_deepspeed
-from .optimizers import refuse_optim
-from .reference_info import check_datasets, known_datasets
+from .reference_info import check_datasets
 
 
 if TYPE_CHECKING:
@@ -134,50 +129,3 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
         elif value or option.default is not None:
             options[name] = value
     return options
-
-
-def find_error(args: dict[str, Any], lang: str) -> str:
-    """Return in the language `lang` what is wrong with the training arguments of an OGPSA run; empty if nothing is."""
-    if not args["ogpsa_dataset"]:
-        return alert("err_ogpsa_no_dataset", lang)
-    for name, option in PANEL.items():
-        value = args.get(name, option.default)
-        if option.type is int and option.default is not None and (value is None or value < 1):
-            return alert("err_ogpsa_count", lang, label(name, lang))
-    if isinstance(args.get("ogpsa_rank"), int) and args["ogpsa_rank"] < 0:
-        return alert("err_ogpsa_rank", lang, label("ogpsa_rank", lang))
-
-    stage = args["stage"].removeprefix(PREFIX)
-    options = SimpleNamespace(**{**dict.fromkeys(OPTIONS), **args, "stage": stage})
-    try:
-        refuse_backends(options)
-        resolve(options)
-        refuse_optim(str(args.get("optim", "")))
-        if args.get("deepspeed"):
-            check_deepspeed(read_deepspeed(args["deepspeed"]))
-        info = known_datasets(args["dataset_dir"])
-    except (OSError, ValueError) as err:
-        return alert("err_ogpsa_options", lang, err)
-    return "" if info is None else find_wrong_set(options, info, lang)
-
-
-def read_deepspeed(config: str | dict[str, Any]) -> dict[str, Any]:
-    """Read a DeepSpeed configuration, which may be given by its file."""
-    if isinstance(config, dict):
-        return config
-    with open(config, encoding="utf-8") as f:
-        return json.load(f)
-
-
-def find_wrong_set(options: Any, info: dict[str, Any], lang: str) -> str:
-    """Return in the language `lang` which general sets are unknown or of the wrong kind; empty if none is."""
-    names, stage, loss = options.ogpsa_dataset, options.stage, options.ogpsa_loss
-    unknown = [name for name in names if name not in info]
-    if unknown:
-        return alert("err_ogpsa_unknown", lang, ", ".join(unknown))
-    unfit = [name for name in names if not fits(name, info, stage, loss)]
-    if unfit:
-        kinds = {"rm": "ranking"} if loss != "stage" else {"dpo": "ranking", "rm": "ranking", "kto": "tags"}
-        needs = kinds.get(stage, "plain")
-        return alert(f"err_ogpsa_needs_{needs}", lang, ", ".join(unfit))
-    return ""

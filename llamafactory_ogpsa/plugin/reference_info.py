@@ -9,17 +9,20 @@ def known_datasets(dataset_dir: Any) -> dict[str, Any] | None:
     """Return the entries of dataset_info.json by name; None where there is no local one to look into.
 
     Raises:
-        ValueError: the file is missing or is not JSON.
+        ValueError: the file is missing or does not hold entries by name.
     """
     if isinstance(dataset_dir, dict):
         return dataset_dir
-    if dataset_dir == "ONLINE" or dataset_dir.startswith("REMOTE:"):
+    if dataset_dir == "ONLINE" or str(dataset_dir).startswith("REMOTE:"):
         return None
 
-    path = os.path.join(dataset_dir, "dataset_info.json")
+    path = os.path.join(str(dataset_dir), "dataset_info.json")
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            info = json.load(f)
+        if not isinstance(info, dict):
+            raise ValueError("it does not hold entries by name")
+        return info
     except (OSError, ValueError) as err:
         raise ValueError(f"`dataset_dir` is {dataset_dir!r}; allowed: a folder with a dataset_info.json ({err}).")
 
