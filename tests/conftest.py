@@ -34,7 +34,7 @@ LONGEST = [
     "distributed/test_fsdp.py",
     "distributed/test_launch.py",
     "distributed/test_zero_engines.py",
-    "webui/test_deepspeed.py",
+    "webui/test_runner.py",
 ]
 
 

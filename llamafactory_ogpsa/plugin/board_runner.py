@@ -12,7 +12,7 @@ from ..options import PREFIX
 from .board_checks import find_error
 from .board_locales import LOCALES
 from .board_plot import make_figure, show_figure, show_refresh
-from .board_tab import is_ogpsa, options_of, stock_stage
+from .board_tab import extra_options, is_ogpsa, options_of, stock_stage
 
 
 # The methods of LlamaBoard's runner that are wrapped, with their parameters.
@@ -65,7 +65,8 @@ def hook_runner(runner: Runner) -> None:
 
         stage = data[elem("train.training_stage")]
         args = parse_train_args({**data, elem("train.training_stage"): stock_stage(stage)})
-        return {**args, "stage": TRAINING_STAGES[stage], **options_of(panel_of(data))}
+        panel = {"stage": TRAINING_STAGES[stage], **options_of(panel_of(data))}
+        return {**args, **panel, **extra_options(data[elem("train.extra_args")])}
 
     def build_config_dict_with_ogpsa(data):
         config = build_config_dict(data)

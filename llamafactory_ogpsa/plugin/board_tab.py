@@ -1,5 +1,6 @@
 """LlamaBoard's accordion "OGPSA configurations": its elements and their events."""
 
+import json
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from llamafactory.extras.constants import TRAINING_STAGES
 from llamafactory.webui.common import get_save_dir, load_dataset_info
 from llamafactory.webui.control import change_stage
 
-from ..options import OPTIONS, Option
+from ..options import OPTIONS, PREFIX, Option
 from .board_plot import show_figure
 from .reference_info import check_datasets
 
@@ -124,8 +125,18 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
         if option.type is list:
             options[name] = ",".join(value or [])
         elif option.type is bool:
-            # As text and only where it is not the default: LlamaBoard leaves False out of its commands.
-            options |= {name: str(value).lower()} if value != option.default else {}
+            options |= {name: _as_text(value)} if value != option.default else {}
         elif value or option.default is not None:
             options[name] = value
     return options
+
+
+def extra_options(extra_args: str) -> dict[str, Any]:
+    """Return from LlamaBoard's extra arguments what wins over the accordion and the stage list; null is not given."""
+    given = {name: value for name, value in dict(json.loads(extra_args)).items() if value is not None}
+    return {name: _as_text(value) for name, value in given.items() if name == "stage" or name.startswith(PREFIX)}
+
+
+def _as_text(value: Any) -> Any:
+    """Return a bool as text, because LlamaBoard leaves False out of its commands; other values come back as they are."""
+    return str(value).lower() if isinstance(value, bool) else value
