@@ -16,9 +16,8 @@ ZERO = {"zero_optimization": {"stage": 2}}
 @pytest.fixture
 def find_error(base_args):
     """Return what is found in a good OGPSA run after some changes; no check may leave anything in LlamaBoard's process."""
-    from accelerate.state import PartialState
-
     import llamafactory.webui.interface  # noqa: F401  (as in LlamaBoard, everything has been imported)
+    from accelerate.state import PartialState
 
     from llamafactory_ogpsa.plugin import board_checks
 
