@@ -14,7 +14,7 @@ FINETUNING_TYPES = ("full", "lora", "freeze", "oft")
 
 def _argument(option: Option) -> tuple[Any, Any]:
     """Return the type and the field of an option; the field is None unless the option is given."""
-    # Numbers are parsed as text: argparse would refuse 200.0, and what `resolve` refuses it refuses by name.
+    # Numbers are parsed as text, because argparse would refuse 200.0; `resolve` checks them and names the option.
     kind = {list: str, int: str, str: Literal[option.choices or ("",)], bool: bool}[option.type]
     # `%(default).0s` prints nothing, and stops argparse from adding the field's own default, which is None.
     default = option.shown_default if option.type is list else f"default: {option.shown_default}"
