@@ -30,7 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llamafactory-ogpsa",
         description="Data and checks for OGPSA training; the training itself is `llamafactory-cli train`. "
-        "Exit status: 2 where something given cannot be used; the message says what and why.",
+        "Exit status: 2 where something given cannot be used; the message says what and why. Of doctor 1 where OGPSA "
+        "cannot train, of evaluate the harness's.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_prepare(commands.add_parser("prepare", help="make LLaMA-Factory datasets of published data"))

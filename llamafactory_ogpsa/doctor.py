@@ -25,7 +25,7 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 MODULE = "python -m llamafactory_ogpsa train ..."
 REQUIRED = ("torch", "transformers", "llamafactory", "accelerate", "peft")
-TORCH, PYPI_BUILD = "torch>=2.6,<2.15", "cu130"  # on PyPI, the newest of these and torchaudio have this build
+TORCH, PYPI_BUILD = "torch>=2.6,<2.15", "cu130"  # the build of PyPI's newest of these, and of its torchaudio
 CLONE = "in a clone of this project"  # which is in no package index
 OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kernels on a GPU"}
 

@@ -17,6 +17,7 @@ it again.
 
 import argparse
 import datetime
+import hashlib
 import os
 import re
 import shutil
@@ -76,9 +77,15 @@ def last_line(other: str, text: str, status: int) -> str:
 
 
 def find_commit(root: Path) -> str:
-    """Return the commit of a folder, `-dirty` behind it where files have changed since; of any other folder "none"."""
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "none"
+    """Return the commit of a folder, and a hash of what has changed since; of a folder without commits "none".
+
+    The page does not count, because a row that was written changes it.
+    """
+    git = ["git", "-C", str(root)]
+    commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changes = [*git, "diff", "HEAD", "--", ".", f":!{PAGE.relative_to(ROOT)}"]
+    diff = subprocess.run(changes, capture_output=True, text=True, errors="replace").stdout
+    return "-".join([commit or "none", *([hashlib.sha256(diff.encode()).hexdigest()[:12]] if diff else [])])
 
 
 def find_python(version: str) -> str | None:

@@ -111,13 +111,20 @@ def test_only_reports_of_the_commit_count_and_their_day_is_told(tmp_path, monkey
 def test_a_commit_says_where_files_have_changed_since(tmp_path):
     assert matrix.find_commit(tmp_path) == "none"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-    (tmp_path / "file").touch()
-    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "one"], ["tag", "-a", "v1", "-m", "one"]):
+    (tmp_path / "docs").mkdir()
+    for name in ("file", "docs/compatibility.md"):
+        (tmp_path / name).touch()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *words], check=True)
     clean = matrix.find_commit(tmp_path)
     assert re.fullmatch("[0-9a-f]{12}", clean)
+    (tmp_path / "docs" / "compatibility.md").write_text("with a row")
+    assert matrix.find_commit(tmp_path) == clean
     (tmp_path / "file").write_text("changed")
-    assert matrix.find_commit(tmp_path) == f"{clean}-dirty"
+    changed = matrix.find_commit(tmp_path)
+    assert re.fullmatch(f"{clean}-[0-9a-f]{{12}}", changed)
+    (tmp_path / "file").write_text("changed again")
+    assert matrix.find_commit(tmp_path) not in (clean, changed)
 
 
 def test_folders_of_tests_are_their_files(tmp_path):

@@ -44,7 +44,8 @@ def evaluate(
         )
     from .tasks import functions
 
-    if any(word.startswith(("--output_", "-o")) for word in extra):
+    # The harness takes abbreviations: no other option of it begins so.
+    if any(word.startswith(("--o", "-o")) for word in extra):
         raise RecipeError("the harness's --output_path would replace --output; give --output alone.")
     tasks = tasks or TASKS[kind]
     given = {option: value for option, value in sources.items() if value is not None}

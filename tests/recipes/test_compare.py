@@ -90,8 +90,8 @@ def test_a_judge_is_imported_by_name():
 )
 def test_what_is_no_judge_is_told_with_what_is_allowed(name, told, tmp_path, monkeypatch):
     (tmp_path / "needy_judge.py").write_text("import not_installed")
-    (tmp_path / "broken_judge.py").write_text("import os\nos.environ = {}\nos.environ['API_KEY']")
-    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken_judge.py").write_text("raise KeyError('API_KEY')")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(RecipeError) as caught:
         load_judge(name)
     assert f"--judge is {name!r}" in str(caught.value)

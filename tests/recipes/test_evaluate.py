@@ -157,6 +157,7 @@ def test_the_console_script_finds_a_judge_in_the_current_folder(tmp_path):
         (["safety", "--judge", ""], "--judge is '', but importing '' raised"),
         (["safety", "--output_path", "elsewhere"], "--output_path would replace --output"),
         (["safety", "-o=elsewhere"], "--output_path would replace --output"),
+        (["safety", "--out", "elsewhere"], "--output_path would replace --output"),
     ],
 )
 def test_an_option_that_would_have_no_effect_is_refused(words, told, capsys, monkeypatch):
