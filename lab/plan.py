@@ -71,8 +71,8 @@ class Run:
         """Folder of its full weights, relative to the lab's folder."""
         if self.given:
             return "base"
-        trained = self.options is not None and self.options["finetuning_type"]
-        whole = trained in ("full", "freeze") and not has_own_option(self)
+        kind = None if self.options is None else self.options["finetuning_type"]
+        whole = kind in ("full", "freeze") and not has_own_option(self)
         return f"{self.folder}/{'train' if whole else 'model'}"
 
 

@@ -1,13 +1,14 @@
 """Files of tensors that are checked when they are read."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .files import replacing
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -28,8 +29,8 @@ def fingerprint(tensor: torch.Tensor) -> str:
 def save_tensors(path: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write contiguous tensors and a few texts to a safetensors file, under a temporary name first."""
     fingerprints = {name: fingerprint(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, f"{path}.tmp", metadata={**metadata, "fingerprints": json.dumps(fingerprints)})
-    os.replace(f"{path}.tmp", path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={**metadata, "fingerprints": json.dumps(fingerprints)})
 
 
 @contextmanager

@@ -309,9 +309,11 @@ def main() -> None:
         parser.error("--only is for the table's environments; allowed: --source or --only")
     if options.source is None and options.own is not None:
         parser.error("--own is for a LLaMA-Factory in a folder; allowed: with --source")
-    unknown = set(options.only or ()) - {item.name for item in ENVIRONMENTS}
+    names = [item.name for item in ENVIRONMENTS]
+    only = options.only or names
+    unknown = set(only) - set(names)
     if unknown:
-        parser.error(f"--only has {min(unknown)!r}; allowed: {', '.join(item.name for item in ENVIRONMENTS)}")
+        parser.error(f"--only has {min(unknown)!r}; allowed: {', '.join(names)}")
     if options.source is not None and not (options.source / "src" / "llamafactory").is_dir():
         parser.error(f"--source is {str(options.source)!r}; allowed: a folder with LLaMA-Factory's src/llamafactory")
 
@@ -329,7 +331,7 @@ def main() -> None:
 
     results = read_table()
     for environment in ENVIRONMENTS:
-        if environment.name not in (options.only or [environment.name]):
+        if environment.name not in only:
             continue
         python = find_python(environment.python)
         if python is None:

@@ -143,17 +143,13 @@ def test_held_out_records_of_published_sets_are_not_trained_on():
         for name, entry in sets.items()
         if entry.get("format") in ("alpaca", "halueval")
     }
-    pairs = [
-        (held_out, other)
-        for held_out in parts
-        for other in parts
-        if held_out.startswith("heldout_")
-        and not other.startswith("heldout_")
-        and parts[held_out][0] == parts[other][0]
-    ]
-    assert {held_out for held_out, _ in pairs} == {"heldout_ordinary", "heldout_questions"}
-    for held_out, other in pairs:
-        assert not parts[held_out][1] & parts[other][1], (held_out, other)
+    held_out = {name: parts.pop(name) for name in sets if name.startswith("heldout_") and name in parts}
+    assert held_out.keys() == {"heldout_ordinary", "heldout_questions"}
+    for name, (file, records) in held_out.items():
+        others = {other: taken for other, (other_file, taken) in parts.items() if other_file == file}
+        assert others
+        for other, taken in others.items():
+            assert not records & taken, (name, other)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
+from ..options import refuse_unknown
 from .arguments import PREFIX, looks_like_ours
 from .optimizers import refuse_optim
 
@@ -49,6 +50,16 @@ def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
         elif name in ("stage", "finetuning_type") and looks_like_ours(value):
             asking.append(f"{name}: {value}")
     return asking
+
+
+def refuse_given(arguments: dict[str, Any] | list[str]) -> None:
+    """Refuse what is wrong with the given options by themselves; `arguments` as for `given_options`.
+
+    Raises:
+        ValueError: an option is misspelt, or an environment variable chooses a backend that OGPSA does not support.
+    """
+    refuse_unknown(name for name, _ in given_options(arguments))  # with ALLOW_EXTRA_ARGS they would be ignored
+    refuse_environment(arguments)
 
 
 def refuse_environment(arguments: dict[str, Any] | list[str]) -> None:

@@ -12,8 +12,7 @@ from llamafactory.hparams.training_args import TrainingArguments
 from llamafactory.webui.common import _clean_cmd
 from transformers import HfArgumentParser
 
-from ..options import refuse_unknown
-from .backends import is_set, refuse_environment, refuse_trainers
+from .backends import is_set, refuse_given, refuse_trainers
 from .board_locales import alert, label
 from .board_tab import PANEL
 from .distributed import check_deepspeed
@@ -66,8 +65,7 @@ def check_arguments(args: dict[str, Any]) -> None:
     Raises:
         ValueError, RuntimeError: as there. LLaMA-Factory's own arguments may raise anything.
     """
-    refuse_unknown(args)
-    refuse_environment(args)
+    refuse_given(args)
     kinds = [GivenArguments if kind is TrainingArguments else kind for kind in parser._TRAIN_ARGS]
     parsed = HfArgumentParser(kinds).parse_dict(args, allow_extra_keys=is_set("ALLOW_EXTRA_ARGS"))
     model_args, data_args, training_args, finetuning_args = parsed[:4]

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kernels import triton_obstacle
-from ..options import refuse_unknown
 from .arguments import extend
-from .backends import given_options, refuse_environment, refuse_parser, refuse_trainers
+from .backends import refuse_given, refuse_parser, refuse_trainers
 from .distributed import check_distributed
 from .reference_info import check_datasets
 
@@ -35,8 +34,7 @@ def patch(module: Any) -> None:
     @functools.wraps(get_train_args)
     def checked_get_train_args(args=None):
         args = read_args(args)
-        refuse_unknown(name for name, _ in given_options(args))  # with ALLOW_EXTRA_ARGS they would be ignored
-        refuse_environment(args)
+        refuse_given(args)
         parsed = get_train_args(args)
         finetuning_args = next((item for item in parsed if isinstance(item, stock)), None)
         if not isinstance(finetuning_args, extended):

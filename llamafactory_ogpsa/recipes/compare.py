@@ -1,11 +1,10 @@
 """`llamafactory-ogpsa compare`: result folders of lm-evaluation-harness → a table, and a scatter plot if wanted."""
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from ..files import replacing
 from .errors import RecipeError
 
 
@@ -112,12 +111,8 @@ def draw(rows: Rows, path: Path) -> None:
         axes.set(xlabel=f"{AVERAGE[:-1]}(%) ↑", ylabel=f"{column[:-1]}(%) {column[-1]}")
         axes.grid(alpha=0.3)
     figure.legend(handles=list(points.values()), loc="outside right center")
-    temporary = Path(f"{path}.tmp")
     try:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as err:
         raise RecipeError(f"cannot write the picture {path}: {getattr(err, 'strerror', None) or err}.") from err
-    finally:
-        with suppress(OSError):
-            temporary.unlink()

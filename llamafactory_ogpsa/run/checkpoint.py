@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
 
 from ..engines import Engine
+from ..files import replacing
 from ..storage import Read, open_tensors, save_tensors
 from ..subspace import Subspace
 
@@ -124,10 +125,9 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
     if writes:
         state = replace(state, pieces=0 if subspace is None else pieces)
         path = os.path.join(folder, STATE_NAME)
-        with open(f"{path}.tmp", "w", encoding="utf-8") as f:
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
             json.dump(asdict(state), f, indent=2)
             f.write("\n")
-        os.replace(f"{path}.tmp", path)
 
 
 def remove_state(folder: str) -> None:

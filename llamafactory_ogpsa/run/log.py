@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..files import replacing
 from ..options import Settings
 from ..projection import ProjectionStats
 from ..reference import ReferenceSet, take_in_turn
@@ -60,10 +61,8 @@ def begin_log(path: str, step: int, checkpoint: str | None = None) -> None:
     beside = path if checkpoint is None else os.path.join(os.path.dirname(os.path.abspath(checkpoint)), LOG_NAME)
     rows = read_log(beside) if step > 0 and os.path.exists(beside) else []
     rows = [row for row in rows if row["step"] < step + (0 if row.get("refresh") else 1)]
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(temporary, path)
 
 
 def append_row(path: str, row: dict[str, Any]) -> None:

@@ -1,10 +1,10 @@
 """The picture of a run, `training_ogpsa.png`, and the panels that the web UI shows of it."""
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
+from ..files import replacing
 from .log import read_log
 
 
@@ -77,7 +77,6 @@ def plot_log(log_path: str, png_path: str) -> bool:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
-    temporary = f"{png_path}.tmp"
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, png_path)
+    with replacing(png_path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     return True
