@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from llamafactory_ogpsa.inputs import DEFAULT_RANK, most_directions
-from llamafactory_ogpsa.record import MOST_ROWS
+from llamafactory_ogpsa.record import tokens_per_sample
 
 from .models import count_parameters, trainable_shapes
 
@@ -19,6 +19,7 @@ MODELS = ("Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.1-70B")
 DIRECTIONS = 2
 GPUS = (1, 8, 64)
 LORA_RANK = 8
+SAMPLES = 400  # two general sets, 200 each
 # What the recipes' GPU-hours are reckoned with.
 TOKENS = 300
 FLOPS = 400e12
@@ -78,7 +79,8 @@ def print_inputs() -> None:
             shapes = trainable_shapes(f"{name} {training}")
             _, trainable = count_parameters(name, LORA_RANK if training.startswith("LoRA") else None)
             # Inputs of the weights are bfloat16, also where an adapter is float32. Those of LoRA's `B` are few.
-            rows = sum(MOST_ROWS * 2 * shape[1] for shape in shapes if len(shape) == 2)
+            kept = SAMPLES * tokens_per_sample(SAMPLES)
+            rows = sum(kept * 2 * shape[1] for shape in shapes if len(shape) == 2)
             sizes = [basis_bytes(trainable, itemsize), inputs_bytes(shapes), coefficients_bytes(shapes), rows]
             print(f"| {name} | {training} | " + " | ".join(map(readable, sizes)) + " |")
 

@@ -10,8 +10,19 @@ import torch
 from .engines import Engine
 
 
-# Rows kept of each matrix's inputs, over all sets and processes; more samples give fewer rows each.
-MOST_ROWS = 4096
+# Rows kept of each matrix's inputs, over all sets and processes, while each sample still gives enough of its tokens.
+ROWS = 4096
+# With 5 or 7 tokens a sample a real model lost what it keeps with 12 (docs/real-model.md, "Tokens of each sample").
+FEWEST_TOKENS = 16
+
+
+def tokens_per_sample(samples: int) -> int:
+    """Return how many tokens of each reference sample are kept, at most.
+
+    Args:
+        samples: the reference samples of all sets, over all processes.
+    """
+    return max(FEWEST_TOKENS, ROWS // max(1, samples))
 
 
 def find_modules(engine: Engine, model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
@@ -55,7 +66,7 @@ class Recorder:
             samples: the reference samples of all sets, over all processes.
         """
         self._modules = modules
-        self._per_sample = max(1, MOST_ROWS // max(1, samples))
+        self._per_sample = tokens_per_sample(samples)
         self._rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._mask: torch.Tensor | None = None
         self._present: torch.Tensor | None = None

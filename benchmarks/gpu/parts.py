@@ -18,7 +18,7 @@ from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.geometry import leading_directions
 from llamafactory_ogpsa.inputs import DEFAULT_RANK
 from llamafactory_ogpsa.kernels import make_plan
-from llamafactory_ogpsa.record import MOST_ROWS
+from llamafactory_ogpsa.record import ROWS
 
 from .. import accuracy, distributed, projection, scopes
 from ..devices import counters
@@ -172,7 +172,7 @@ def measure_memory(case: Case, run: Run) -> Figures:
     made: list[Any] = []
     if case["scope"] == "inputs":
         # One matrix at a time: the widest is the peak.
-        rows = torch.randn(MOST_ROWS, max(shape[-1] for shape in shapes), dtype=dtype, device=device)
+        rows = torch.randn(ROWS, max(shape[-1] for shape in shapes), dtype=dtype, device=device)
         making = peak_memory(lambda: leading_directions(rows, DEFAULT_RANK), device)
         del rows
         made.append(scopes.subspace_of(shapes, scopes.random_bases(shapes, DEFAULT_RANK, device), device))

@@ -9,7 +9,7 @@ from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.engines import Processes
 from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
 from llamafactory_ogpsa.inputs import InputSubspace, Protected
-from llamafactory_ogpsa.record import Recorder, find_modules
+from llamafactory_ogpsa.record import FEWEST_TOKENS, ROWS, Recorder, find_modules
 from llamafactory_ogpsa.reference import ReferencePasses, ReferenceSet
 from llamafactory_ogpsa.run.refresh_inputs import InputBasis
 
@@ -57,6 +57,23 @@ def test_the_identity_that_dora_passes_through_its_adapter_is_no_input():
     assert sorted(recorder.shared) == sorted([(a,), (b,)])
     torch.testing.assert_close(recorder.rows((a,), 8), inputs)
     torch.testing.assert_close(recorder.rows((b,), 2), inputs @ engine.parameters[a].detach().T)
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(2, 60), (ROWS // 32, 32), (ROWS, FEWEST_TOKENS), (0, 60)])
+def test_few_samples_give_more_of_their_tokens_and_many_still_enough(samples, tokens):
+    model = torch.nn.Linear(8, 4)
+    engine = ReplicatedEngine(model)
+    recorder = Recorder(find_modules(engine, model), samples)
+    inputs, labels = torch.randn(1, 60, 8), torch.full((1, 60), -100)
+    labels[0, 41:] = 1
+    with recorder.recording():
+        recorder.begin_batch({"attention_mask": torch.ones(1, 60), "labels": labels}, 1)
+        model(inputs)
+        recorder.end_batch(finite=True)
+    weight = engine.names.index("weight")
+    rows = recorder.rows((weight,), 8)
+    assert len(rows) == tokens
+    assert any(torch.equal(row, inputs[0, 40]) for row in rows)  # from which the first token of the answer comes
 
 
 def test_a_batch_whose_loss_is_not_finite_leaves_no_inputs():
