@@ -56,7 +56,8 @@ def test_the_projection_equals_the_float64_formula(dtype, kernel, rank):
     assert stats.residual < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
-def test_outputs_for_inputs_in_the_span_do_not_change_over_many_steps():
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_outputs_for_inputs_in_the_span_do_not_change_over_many_steps(momentum):
     torch.manual_seed(0)
     layer = torch.nn.Linear(12, 5, bias=False)
     reference = torch.randn(3, 12)
@@ -65,12 +66,12 @@ def test_outputs_for_inputs_in_the_span_do_not_change_over_many_steps():
     project = InputSubspace(names, protected, [layer.weight.numel()], torch.device("cpu")).projection()
     inside, outside = torch.randn(8, 3) @ reference, torch.randn(8, 12)
     before, other = layer(inside).detach(), layer(outside).detach()
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.05 * (1 - momentum), momentum=momentum)
     for _ in range(50):
-        layer.zero_grad()
+        optimizer.zero_grad()
         (layer(outside) - 3).square().mean().backward()
         project([layer.weight.grad])
-        with torch.no_grad():
-            layer.weight -= 0.05 * layer.weight.grad
+        optimizer.step()
     assert (layer(inside) - before).norm() <= 1e-6 * before.norm()
     assert (layer(outside) - other).abs().max() > 0.1
 
