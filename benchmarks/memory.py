@@ -74,12 +74,12 @@ def print_inputs() -> None:
     )
     print(" rows kept in a refresh, host |")
     print("|---|---|---|---|---|---|")
+    kept = SAMPLES * tokens_per_sample(SAMPLES)
     for name in MODELS:
         for training, itemsize in (("full", 2), (f"LoRA r={LORA_RANK}", 4)):
             shapes = trainable_shapes(f"{name} {training}")
             _, trainable = count_parameters(name, LORA_RANK if training.startswith("LoRA") else None)
             # Inputs of the weights are bfloat16, also where an adapter is float32. Those of LoRA's `B` are few.
-            kept = SAMPLES * tokens_per_sample(SAMPLES)
             rows = sum(kept * 2 * shape[1] for shape in shapes if len(shape) == 2)
             sizes = [basis_bytes(trainable, itemsize), inputs_bytes(shapes), coefficients_bytes(shapes), rows]
             print(f"| {name} | {training} | " + " | ".join(map(readable, sizes)) + " |")

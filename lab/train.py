@@ -126,8 +126,8 @@ def _train(run, lab_dir, folder, score):
         "seconds": trained["train_runtime"],
         "memory": memory,
         "train_samples": steps * run.options["per_device_train_batch_size"],
-        "reference_samples": _reference_samples(run.options, folder / "train" / LOG_NAME),
-        "dataset_sizes": [len(json.loads((data_dir / f"{name}.json").read_text())) for name in names],
+        "reference_samples": count_reference_samples(run.options, folder / "train" / LOG_NAME, data_dir),
+        "dataset_sizes": [_size(data_dir, name) for name in names],
         "curve": curve,
     }
 
@@ -165,13 +165,24 @@ def osf(options):
         workflow.load_model = load
 
 
-def _reference_samples(options, log):
-    """Count the samples of all reference passes of a run, by the refreshes that it logged."""
+def _size(data_dir, name):
+    """Count the records of a data set."""
+    return len(json.loads((data_dir / f"{name}.json").read_text()))
+
+
+def count_reference_samples(options, log, data_dir):
+    """Count the samples of all reference passes of a run, by the refreshes that it logged.
+
+    Args:
+        options: The run's.
+        log: Its `ogpsa_log.jsonl`.
+        data_dir: Folder of the data sets.
+    """
     refreshes = sum(row.get("refresh", False) for row in read_log(log))
     if not refreshes:
         return 0
     per_set = options.get("ogpsa_refresh_samples") or options["ogpsa_num_samples"]
-    return refreshes * per_set * len(options["ogpsa_dataset"].split(","))
+    return refreshes * sum(min(per_set, _size(data_dir, name)) for name in options["ogpsa_dataset"].split(","))
 
 
 def _merge(run, lab_dir, folder):

@@ -9,6 +9,7 @@ from lab.plan import Plan, write_yaml
 from lab.results import count_samples
 from lab.tiny import lab as tiny
 from lab.tiny import lab_data as data
+from lab.train import count_reference_samples
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,12 @@ def test_safety_and_general_samples_are_counted():
     assert count_samples({}, result(400, 800)) == (240, 400)
     assert count_samples({}, result(0, 800, 200, 200)) == (160, 80)
     assert count_samples({"interleave_probs": "0.5,0.25,0.25"}, result(0, 800, 200, 200)) == (120, 120)
+
+
+@pytest.mark.parametrize(("options", "expected"), [({"ogpsa_num_samples": 3}, 5), ({"ogpsa_refresh_samples": 1}, 2)])
+def test_a_set_counts_with_no_more_samples_than_it_has(options, expected, tmp_path):
+    for name, size in {"many": 4, "few": 2}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([{}] * size))
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "refresh": true}\n{"step": 1, "loss": 2.0}\n')
+    assert count_reference_samples(options | {"ogpsa_dataset": "many,few"}, log, tmp_path) == expected
