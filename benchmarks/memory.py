@@ -20,6 +20,8 @@ DIRECTIONS = 2
 GPUS = (1, 8, 64)
 LORA_RANK = 8
 SAMPLES = 400  # two general sets, 200 each
+# Of each matrix's inputs, in a refresh of scope `inputs`.
+ROWS = SAMPLES * tokens_per_sample(SAMPLES)
 # What the recipes' GPU-hours are reckoned with.
 TOKENS = 300
 FLOPS = 400e12
@@ -74,13 +76,12 @@ def print_inputs() -> None:
     )
     print(" rows kept in a refresh, host |")
     print("|---|---|---|---|---|---|")
-    kept = SAMPLES * tokens_per_sample(SAMPLES)
     for name in MODELS:
         for training, itemsize in (("full", 2), (f"LoRA r={LORA_RANK}", 4)):
             shapes = trainable_shapes(f"{name} {training}")
             _, trainable = count_parameters(name, LORA_RANK if training.startswith("LoRA") else None)
             # Inputs of the weights are bfloat16, also where an adapter is float32. Those of LoRA's `B` are few.
-            rows = sum(kept * 2 * shape[1] for shape in shapes if len(shape) == 2)
+            rows = sum(ROWS * 2 * shape[1] for shape in shapes if len(shape) == 2)
             sizes = [basis_bytes(trainable, itemsize), inputs_bytes(shapes), coefficients_bytes(shapes), rows]
             print(f"| {name} | {training} | " + " | ".join(map(readable, sizes)) + " |")
 

@@ -18,12 +18,11 @@ from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.geometry import leading_directions
 from llamafactory_ogpsa.inputs import DEFAULT_RANK
 from llamafactory_ogpsa.kernels import make_plan
-from llamafactory_ogpsa.record import tokens_per_sample
 
 from .. import accuracy, distributed, projection, scopes
 from ..devices import counters
 from ..implementations import IMPLEMENTATIONS, MAX_NORM
-from ..memory import SAMPLES, basis_bytes, inputs_bytes
+from ..memory import ROWS, basis_bytes, inputs_bytes
 from ..models import trainable_numels, trainable_shapes
 from ..timing import clear_memory, copy_bandwidth, measure, peak_memory
 from . import trace, training
@@ -172,8 +171,7 @@ def measure_memory(case: Case, run: Run) -> Figures:
     made: list[Any] = []
     if case["scope"] == "inputs":
         # One matrix at a time: the widest is the peak.
-        kept = SAMPLES * tokens_per_sample(SAMPLES)
-        rows = torch.randn(kept, max(shape[-1] for shape in shapes), dtype=dtype, device=device)
+        rows = torch.randn(ROWS, max(shape[-1] for shape in shapes), dtype=dtype, device=device)
         making = peak_memory(lambda: leading_directions(rows, DEFAULT_RANK), device)
         del rows
         made.append(scopes.subspace_of(shapes, scopes.random_bases(shapes, DEFAULT_RANK, device), device))
