@@ -24,13 +24,14 @@ from ..geometry import ratio
 # The most trainable elements of a process that are copied: 256 MiB in float32.
 MOST_COPIED = 1 << 26
 
-# Optimizers whose step follows from `exp_avg` and `exp_avg_sq`, with the attribute that says whether weight decay is
-# decoupled (True and False where the class decides).
+# Optimizers whose step follows from `exp_avg` and `exp_avg_sq`, by package and class, with the attribute that says
+# whether weight decay is decoupled (True where it always is). bitsandbytes and GaLore have an AdamW with another state.
 _ADAMS = {
-    "AdamW": True,
-    "Adam": "decoupled_weight_decay",
-    "FusedAdam": "adam_w_mode",
-    "DeepSpeedCPUAdam": "adam_w_mode",
+    ("torch", "AdamW"): True,
+    ("torch", "Adam"): "decoupled_weight_decay",
+    ("apex", "FusedAdam"): "adam_w_mode",
+    ("deepspeed", "FusedAdam"): "adam_w_mode",
+    ("deepspeed", "DeepSpeedCPUAdam"): "adam_w_mode",
 }
 
 # Yields the index of a tensor and the change of its weights, float32 `[size]`.
@@ -45,8 +46,8 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
         optimizer: the optimizer that steps them, without wrappers.
 
     Returns:
-        a function to call after the step; None where many weights are trainable and the optimizer is not of the Adam
-        family, so that the change cannot be read.
+        a function to call after the step; None where many weights are trainable and the optimizer's state does not
+        say what its step was, so that the change cannot be read.
     """
     weights = engine.weights()
     elements = sum(weight.size for weight in weights if weight is not None)
@@ -54,7 +55,8 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
         before = [None if weight is None else weight.part_of(weight.optimized).clone() for weight in weights]
         return lambda: _differences(weights, before)
 
-    decoupled = _ADAMS.get(type(optimizer).__name__)
+    kind = type(optimizer)
+    decoupled = _ADAMS.get((kind.__module__.partition(".")[0], kind.__name__))
     if isinstance(decoupled, str):
         groups = optimizer.param_groups
         decoupled = getattr(optimizer, decoupled, None) or any(group.get(decoupled) for group in groups)

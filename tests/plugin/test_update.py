@@ -94,7 +94,16 @@ def test_an_optimizer_whose_step_cannot_be_had_is_named_once(base_args, monkeypa
     steps, _ = read_rows(base_args["output_dir"])
     assert len(steps) == 3
     assert not any("update_cosine" in row for row in steps)
-    assert len([message for message in said() if "SGD is not of the Adam family" in message]) == 1
+    assert len([message for message in said() if "the state of SGD does not say" in message]) == 1
+
+
+def test_an_adamw_with_another_state_is_not_read_as_torchs(monkeypatch):
+    """bitsandbytes keeps `state1` and `state2`, and GaLore moments of another shape, both in a class named AdamW."""
+    monkeypatch.setattr(update, "MOST_COPIED", 0)
+    engine = ReplicatedEngine(torch.nn.Linear(3, 3))
+    other = type("AdamW", (torch.optim.SGD,), {"__module__": "bitsandbytes.optim.adamw"})
+    assert update.make_change_reader(engine, other(engine.parameters, lr=0.1)) is None
+    assert update.make_change_reader(engine, torch.optim.AdamW(engine.parameters, lr=0.1)) is not None
 
 
 def test_a_step_of_learning_rate_zero_has_no_update(base_args):
