@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .kernels.plan import GRADIENT_DTYPES
+
 
 def check_mapping(what: str, gradients: Any) -> None:
     """Raise a TypeError unless this is a dict."""
@@ -33,6 +35,7 @@ def check_references(gradients: Any) -> list[str]:
     Raises:
         TypeError: something else.
         ValueError: none, or different names or shapes.
+        FloatingPointError: one is not finite; names it.
     """
     if isinstance(gradients, Mapping) or not isinstance(gradients, Sequence):
         raise TypeError(
@@ -57,20 +60,21 @@ def check_references(gradients: Any) -> list[str]:
         if len(shapes) > 1:
             listed = ", ".join(sorted(str(list(shape)) for shape in shapes))
             raise ValueError(f"`gradients` have different shapes for {name}: {listed}")
+        for index, gradient in enumerate(gradients):
+            if gradient[name] is not None and not gradient[name].isfinite().all():
+                raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}")
     if all(gradient[name] is None for gradient in gradients for name in names):
         raise ValueError("`gradients` hold no tensor at all")
     return names
 
 
-def order_gradients(
-    gradients: Any, names: Sequence[str], sizes: Sequence[int], dtypes: Sequence[torch.dtype]
-) -> list[torch.Tensor | None]:
+def order_gradients(gradients: Any, names: Sequence[str], sizes: Sequence[int]) -> list[torch.Tensor | None]:
     """Check gradients to be projected and return them in the order of a subspace's names.
 
-    `sizes`: the number of elements of each name; `dtypes`: the allowed ones.
+    `sizes`: the number of elements of each name.
 
     Raises:
-        TypeError: no dict, or a tensor of another dtype or a sparse one.
+        TypeError: no dict, or a tensor that is sparse or of another dtype than `GRADIENT_DTYPES`.
         ValueError: a name of the subspace is missing, or has another number of elements.
     """
     check_mapping("`gradients`", gradients)
@@ -78,7 +82,7 @@ def order_gradients(
     if not known:
         # Names with a wrapper's prefix would otherwise turn the projection off silently.
         raise ValueError(f"`gradients` has none of the subspace's names: {some(names)}; it has {some(gradients)}")
-    check_tensors("`gradients`", known, dtypes)
+    check_tensors("`gradients`", known, GRADIENT_DTYPES)
     for name, size in zip(names, sizes, strict=True):
         gradient = gradients.get(name)
         if gradient is not None and gradient.numel() != size:

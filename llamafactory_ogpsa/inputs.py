@@ -21,12 +21,12 @@ import torch
 from .checks import check_references, order_gradients
 from .engines.processes import ALONE, Processes
 from .geometry import leading_directions, ratio
-from .kernels.plan import GRADIENT_DTYPES
 from .kernels.policy import clipping_factor
-from .kernels.rows import RowsKernel, make_rows_kernel, squared_norm
+from .kernels.rows import RowsKernel, TorchRows, make_rows_kernel, squared_norm
 from .pieces import Segment, find_cuts, split_piece
+from .projection import RESIDUAL_FLOOR
 from .protected import InputStats, Protected
-from .storage import open_tensors, save_tensors
+from .storage import Read, save_tensors
 
 
 METHODS = ("orthogonal", "monitor")
@@ -34,9 +34,6 @@ METHODS = ("orthogonal", "monitor")
 # Directions of a matrix where no rank is given, and the most that may be asked for.
 DEFAULT_RANK = 96
 MOST_DIRECTIONS = 4096
-
-# A tensor that kept less than this share of its norm is rounding; the residual is measured against that floor.
-_RESIDUAL_FLOOR = 1e-3
 
 
 def most_directions(width: int, rank: int) -> int:
@@ -107,9 +104,6 @@ class InputSubspace:
             present = [gradient[name] for gradient in gradients if gradient[name] is not None]
             if not present:
                 continue
-            for index, gradient in enumerate(gradients):
-                if gradient[name] is not None and not gradient[name].isfinite().all():
-                    raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}")
             names.append(name)
             sizes.append(present[0].numel())
             device = present[0].device
@@ -133,7 +127,7 @@ class InputSubspace:
         Returns:
             the norm of the part that lies in the spans, float64 `[1]`, and the squared norm of the change, 0-dim.
         """
-        _, sums = self._measure(make_rows_kernel("torch", self.device), changes, keep=False)
+        _, sums = self._measure(TorchRows(), changes, keep=False)
         return sums[:, 1].sum().sqrt()[None], sums[:, 0].sum()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -152,11 +146,7 @@ class InputSubspace:
         return tensors
 
     def save(self, path: str) -> None:
-        """Write the subspace to a safetensors file, under a temporary name first; `load` reads it.
-
-        Args:
-            path: the file.
-        """
+        """Write the subspace to a safetensors file, under a temporary name first; `Subspace.load` reads it."""
         kept = [
             {"name": name, "size": size, "transposed": item.transposed, "width": item.width, "frozen": item.frozen}
             for name, size, item in zip(self.names, self.sizes, self.protected, strict=True)
@@ -164,33 +154,25 @@ class InputSubspace:
         save_tensors(path, self.tensors(), {"inputs": json.dumps(kept)})
 
     @classmethod
-    def load(cls, path: str, device: torch.device | str = "cpu") -> "InputSubspace":
-        """Read a subspace that `save` wrote; it projects as the one that was saved, to the last bit.
+    def restore(cls, read: Read, kept: str, stored: set[str], device: torch.device | str) -> "InputSubspace":
+        """Make a subspace of what `save` wrote; see `Subspace.load`.
 
         Args:
-            path: the file.
+            read: reads a tensor of the file.
+            kept: the file's text.
+            stored: the names of its tensors.
             device: where the gradients will be.
-
-        Raises:
-            ValueError: the file is missing, damaged or no subspace of this scope.
         """
-        try:
-            with open_tensors(path) as (read, metadata, stored):
-                if "inputs" not in metadata:
-                    raise ValueError("is no subspace of scope inputs")
-                kept = json.loads(metadata["inputs"])
-                protected = []
-                for item in kept:
-                    name, tokens = item["name"], None
-                    basis = read(f"basis.{name}").to(device) if f"basis.{name}" in stored else None
-                    if f"tokens.{name}" in stored:
-                        tokens = read(f"tokens.{name}").bool().to(device)
-                    flags = {key: item[key] for key in ("transposed", "width", "frozen")}
-                    protected.append(Protected(basis, tokens=tokens, unreached=f"unreached.{name}" in stored, **flags))
-        except ValueError as err:
-            raise ValueError(f"{path} {err}") from err
-        sizes = [item["size"] for item in kept]
-        return cls([item["name"] for item in kept], protected, sizes, torch.device(device))
+        items, protected = json.loads(kept), []
+        for item in items:
+            name, tokens = item["name"], None
+            basis = read(f"basis.{name}").to(device) if f"basis.{name}" in stored else None
+            if f"tokens.{name}" in stored:
+                tokens = read(f"tokens.{name}").bool().to(device)
+            flags = {key: item[key] for key in ("transposed", "width", "frozen")}
+            protected.append(Protected(basis, tokens=tokens, unreached=f"unreached.{name}" in stored, **flags))
+        sizes = [item["size"] for item in items]
+        return cls([item["name"] for item in items], protected, sizes, torch.device(device))
 
     def find_covered(self) -> list[bool]:
         """Return for each tensor whether it is protected."""
@@ -228,8 +210,8 @@ class InputSubspace:
             if measure:
                 _, left = self._measure(rows, enumerate(gradients), keep=False)
                 before = sums[:, 0].sqrt() * (1 if scale is None else scale)
-                floor = torch.maximum(left[:, 0].sqrt(), _RESIDUAL_FLOOR * before)
-                # What a frozen tensor has left is in its span, as a whole: it has nothing left.
+                floor = torch.maximum(left[:, 0].sqrt(), RESIDUAL_FLOOR * before)
+                # A frozen tensor is zero now, and so is its residual; `monitor` leaves it whole, with a residual of 1.
                 residual = ratio(left[:, 1].sqrt(), floor).max()
             return InputStats(norm, sums, residual)
 
@@ -244,7 +226,7 @@ class InputSubspace:
                 own) or kernel, a name of the subspace that is missing, a tensor with another number of elements.
             TypeError: no dict, or a tensor of another dtype or a sparse one.
         """
-        ordered = order_gradients(gradients, self.names, self.sizes, GRADIENT_DTYPES)
+        ordered = order_gradients(gradients, self.names, self.sizes)
         return self.projection(method, kernel)(ordered, measure=True)
 
     def _parts(self, index: int, tensor: torch.Tensor) -> Iterable[tuple[Segment | None, torch.Tensor]]:
@@ -267,7 +249,9 @@ class InputSubspace:
             if item.basis is None:
                 sums[index, 0] = squared_norm(gradient)
                 if item.tokens is not None:
-                    sums[index, 1] = squared_norm(gradient.view(-1)[self._token_mask(index)])
+                    # Not by indexing, for whose result's size the host would wait.
+                    unseen = ~self._token_mask(index).view_as(gradient)
+                    sums[index, 1] = squared_norm(gradient.masked_fill(unseen, 0.0))
                 elif item.frozen:
                     sums[index, 1] = sums[index, 0]
                 continue
@@ -302,26 +286,22 @@ class InputSubspace:
         return tokens[first:last].repeat_interleave(width)[start - first * width :][:size]
 
     def _apply(self, rows: RowsKernel, gradients, coefficients, finite: torch.Tensor, scale) -> None:
-        """Remove what was measured, and clip, unless the gradient is not finite."""
-        if self.device.type == "cpu" and not finite.item():
-            scale = None if scale is None or scale.item() == 1.0 else scale
-            if scale is None:
-                return
+        """Remove what was measured, unless the gradient is not finite, and clip."""
+        if self.device.type == "cpu" and scale is None and not finite.item():
+            return
         for index, (item, gradient) in enumerate(zip(self.protected, gradients, strict=True)):
             if gradient is None or gradient.numel() == 0:
                 continue
-            if item.frozen:
-                gradient.masked_fill_(finite, 0.0)
-            elif item.tokens is not None:
-                gradient.view(-1).masked_fill_(self._token_mask(index) & finite, 0.0)
-                if scale is not None:
-                    gradient.mul_(scale)
-            elif item.basis is None:
-                if scale is not None:
-                    gradient.mul_(scale)
-            else:
+            if item.basis is not None:
                 for (segment, part), c in zip(self._parts(index, gradient), coefficients[index], strict=True):
                     basis = item.basis
                     if segment is not None and segment.cut is not None:
                         basis = basis[:, segment.column : segment.column + part.shape[1]].contiguous()
                     rows.apply_(part, torch.where(finite, c, 0.0), basis, scale)
+                continue
+            if item.frozen:
+                gradient.masked_fill_(finite, 0.0)
+            elif item.tokens is not None:
+                gradient.view(-1).masked_fill_(self._token_mask(index) & finite, 0.0)
+            if scale is not None:
+                gradient.mul_(scale)

@@ -42,24 +42,11 @@ def find_cuts(
         sizes: the number of its elements.
         processes: all processes.
     """
-    own = [[-1.0, -1.0] for _ in widths]
+    own = set()
     for index, (width, offset, size) in enumerate(zip(widths, offsets, sizes, strict=True)):
-        if width is None or size == 0:
-            continue
-        first, last = offset // width, (offset + size) // width
-        if offset % width:
-            own[index][0] = float(first)
-        if (offset + size) % width and not (offset % width and first == last):
-            own[index][1] = float(last)
-    # A table with a line for each process, which fills its own.
-    table = [0.0] * (2 * len(widths) * processes.size)
-    start = 2 * len(widths) * processes.rank
-    table[start : start + 2 * len(widths)] = [row + 1 for pair in own for row in pair]
-    rows = set()
-    for place, value in enumerate(processes.totals(table)):
-        if value > 0:
-            rows.add((place % (2 * len(widths)) // 2, int(value) - 1))
-    return {row: number for number, row in enumerate(sorted(rows))}
+        if width is not None and size > 0:
+            own |= {(index, end // width) for end in (offset, offset + size) if end % width}
+    return {row: number for number, row in enumerate(processes.union(own))}
 
 
 def split_piece(index: int, width: int, offset: int, size: int, cuts: Cuts) -> list[Segment]:

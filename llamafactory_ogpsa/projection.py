@@ -32,8 +32,9 @@ from .kernels.policy import clipping_factor, conflict_policy, orthogonal_step
 
 METHODS = ("orthogonal", "conflict", "monitor")
 
-# A group that kept less than this share of its norm has only rounding left, whose direction says nothing.
-_RESIDUAL_FLOOR = 1e-3
+# What kept less than this share of its norm has only rounding left, whose direction says nothing: a residual is measured
+# against this floor.
+RESIDUAL_FLOOR = 1e-3
 
 Projection = Callable[..., "ProjectionStats"]
 
@@ -70,8 +71,8 @@ class ProjectionStats(StepFigures):
     """What one projection measured, on the gradient's device; a figure is worked out when it is read.
 
     Attributes:
-        norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim. Where a
-            tensor has no gradient and nothing measures, it is counted as if a gradient of zeros had been projected.
+        norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim. If a
+            tensor has no gradient and `measure` is False, a gradient of zeros counts in its place.
         residual_tensor: the largest |cos| left between the gradient and a basis direction of its group; None where it
             was not measured, which takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
@@ -202,10 +203,10 @@ def _residual(
         norms: `[groups]`, their norms before it, times the clipping factor.
 
     Returns:
-        the cosine, 0-dim; a group of which less than `_RESIDUAL_FLOOR` is left is measured against that floor. And
+        the cosine, 0-dim; a group of which less than `RESIDUAL_FLOOR` is left is measured against that floor. And
         the norm of all groups, 0-dim.
     """
     products, left = _coefficients(plan, gradients, processes)
     largest = geometry.coefficients(products).abs().amax(1)
-    cosines = ratio(largest, torch.maximum(left.sqrt(), _RESIDUAL_FLOOR * norms))
+    cosines = ratio(largest, torch.maximum(left.sqrt(), RESIDUAL_FLOOR * norms))
     return cosines.max(), left.sum().sqrt()

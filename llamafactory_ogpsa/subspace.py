@@ -13,7 +13,6 @@ from .engines.processes import ALONE, Processes
 from .geometry import SCOPES, Geometry, assign_groups, orthonormalise_, products_with
 from .inputs import MOST_DIRECTIONS, InputSubspace
 from .kernels import MAX_RANK, Plan, make_plan
-from .kernels.plan import GRADIENT_DTYPES
 from .projection import METHODS, Projection, ProjectionStats, make_projection
 from .storage import Read, open_tensors, save_tensors
 
@@ -128,16 +127,7 @@ class Subspace:
             rows.append(row)
             kept_names.append(name)
         groups = assign_groups(len(rows), scope)
-        try:
-            basis, geometry = orthonormalise_(rows, groups, rank)
-        except FloatingPointError as err:
-            index, name = next(
-                (index, name)
-                for name, row in zip(kept_names, rows, strict=True)
-                for index in range(len(row))
-                if not row[index].isfinite().all()
-            )
-            raise FloatingPointError(f"`gradients[{index}]` is not finite, the first time in {name}") from err
+        basis, geometry = orthonormalise_(rows, groups, rank)
         if max(geometry.ranks) > MAX_RANK:
             raise ValueError(
                 f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
@@ -171,9 +161,9 @@ class Subspace:
             ValueError: the file is missing, damaged or not a subspace.
         """
         try:
-            with open_tensors(path) as (read, metadata, _):
+            with open_tensors(path) as (read, metadata, stored):
                 if "inputs" in metadata:
-                    return InputSubspace.load(path, device)
+                    return InputSubspace.restore(read, metadata["inputs"], stored, device)
                 if "subspace" not in metadata:
                     raise ValueError("is not a subspace")
                 kept = json.loads(metadata["subspace"])
@@ -267,7 +257,7 @@ class Subspace:
             TypeError: no dict, or a tensor of another dtype or a sparse one.
         """
         sizes = [basis.shape[1] for basis in self.basis]
-        ordered = order_gradients(gradients, self.names, sizes, GRADIENT_DTYPES)
+        ordered = order_gradients(gradients, self.names, sizes)
         return self.projection(method, kernel)(ordered, measure=True)
 
 

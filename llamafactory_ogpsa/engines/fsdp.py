@@ -37,7 +37,9 @@ class FullyShardedEngine(ParameterGradients):
         group = groups[self.names[0]]
         for name in self.names:
             # Not the groups themselves: `fully_shard` may make a new one for every module, of the same processes.
-            if groups[name] is None or _processes(groups[name]) != _processes(group):
+            if groups[name] is None or dist.get_process_group_ranks(groups[name]) != dist.get_process_group_ranks(
+                group
+            ):
                 raise ValueError(
                     f"OGPSA cannot train {name} under FSDP: it is not sharded over one mesh dimension as the other "
                     "trainable parameters are; allowed: `fully_shard` (FSDP2) on every trainable parameter."
@@ -90,7 +92,3 @@ def _offset(param: DTensor) -> int:
     dim = next(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
     rows = -(-param.shape[0] // param.device_mesh.size(dim))
     return min(param.device_mesh.get_local_rank(dim) * rows, param.shape[0]) * (param.numel() // param.shape[0])
-
-
-def _processes(group: dist.ProcessGroup) -> list[int]:
-    return dist.get_process_group_ranks(group)

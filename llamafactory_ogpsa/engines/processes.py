@@ -1,4 +1,4 @@
-"""The processes of a run, and the three ways in which they communicate."""
+"""The processes of a run, and how they communicate."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass

@@ -21,44 +21,24 @@ from .processes import Processes
 # Before it, ZeRO-2 with offload silently dropped all but the last of several backward passes.
 OLDEST_VERSION = "0.19.0"
 
-# What each ZeRO optimizer must have, by the name of its class.
+# What each ZeRO optimizer must have, by the name of its class; and what else with CPU offload.
 _EXPECTED = {
     "DeepSpeedZeroOptimizer": (
-        "all_grad_tensors",
-        "averaged_gradients",
-        "bit16_groups",
-        "cpu_offload",
-        "dp_process_group",
-        "finalize_gradient_accumulation_boundary",
-        "get_param_id",
-        "grad_partition_insertion_offset",
-        "grad_start_offset",
-        "gradient_accumulation_dtype",
-        "loss_scale",
-        "micro_step_id",
-        "params_in_partition",
-        "partition_size",
-        "real_dp_process_group",
-        "reset_cpu_buffers",
-        "single_partition_of_fp32_groups",
-        "zero_grad",
+        "all_grad_tensors averaged_gradients bit16_groups cpu_offload dp_process_group "
+        "finalize_gradient_accumulation_boundary get_param_id grad_partition_insertion_offset "
+        "grad_start_offset gradient_accumulation_dtype loss_scale micro_step_id params_in_partition "
+        "partition_size real_dp_process_group reset_cpu_buffers single_partition_of_fp32_groups zero_grad"
     ),
     "DeepSpeedZeroOptimizer_Stage3": (
-        "_pre_step",
-        "averaged_gradients",
-        "dp_process_group",
-        "finalize_gradient_accumulation_boundary",
-        "fp16_groups",
-        "fp32_partitioned_groups_flat",
-        "get_param_id",
-        "grad_partitions_flat_buffer",
-        "grad_position",
-        "gradient_accumulation_dtype",
-        "loss_scale",
-        "offload_optimizer",
-        "reset_cpu_buffers",
-        "zero_grad",
+        "_pre_step averaged_gradients dp_process_group finalize_gradient_accumulation_boundary fp16_groups "
+        "fp32_partitioned_groups_flat get_param_id grad_partitions_flat_buffer grad_position "
+        "gradient_accumulation_dtype loss_scale offload_optimizer reset_cpu_buffers sub_group_to_group_id "
+        "zero_grad"
     ),
+}
+_EXPECTED_OFFLOADING = {
+    "DeepSpeedZeroOptimizer": "accumulated_grads_in_cpu norm_for_param_grads",
+    "DeepSpeedZeroOptimizer_Stage3": "norm_for_param_grads",
 }
 _EXPECTED_OF_ENGINE = ("_is_gradient_accumulation_boundary", "set_gradient_accumulation_boundary")
 
@@ -99,15 +79,18 @@ def _check(engine: Any) -> None:
     import deepspeed
 
     zero = engine.optimizer
-    problems = [
-        f"{type(zero).__name__} has no {name}" for name in _EXPECTED[type(zero).__name__] if not hasattr(zero, name)
-    ]
+    kind, offloads = (
+        type(zero).__name__,
+        getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False),
+    )
+    expected = f"{_EXPECTED[kind]} {_EXPECTED_OFFLOADING[kind] if offloads else ''}".split()
+    problems = [f"{kind} has no {name}" for name in expected if not hasattr(zero, name)]
     problems += [f"its engine has no {name}" for name in _EXPECTED_OF_ENGINE if not hasattr(engine, name)]
     problems += find_problems()
     if problems:
         raise RuntimeError(
-            f"OGPSA does not know DeepSpeed {deepspeed.__version__} ({'; '.join(problems)}). Use versions that the "
-            "README names; stock stages are not affected."
+            f"OGPSA does not know DeepSpeed {deepspeed.__version__} ({'; '.join(problems)}). Use versions that "
+            "docs/distributed.md names; stock stages are not affected."
         )
 
 
@@ -227,7 +210,7 @@ class ZeroEngine(ABC):
             for index in indices:
                 whole, weight = self.parameters[index].data, weights[index]
                 change(index, whole)
-                if weight is not None:
+                if weight is not None and weight.size > 0:
                     part = whole.reshape(-1).narrow(0, self.offsets[index], weight.size)
                     weight.part_of(weight.optimized).copy_(part)
 
@@ -255,13 +238,14 @@ class ZeroEngine(ABC):
             for param, piece in zip(self.parameters, self._offloaded(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key not in norms and piece is not None:
-                    norms[key] = torch.linalg.vector_norm(piece.zero_())
+                    norms[key] = torch.linalg.vector_norm(piece.zero_(), dtype=torch.float64)
 
     def projected(self) -> None:
-        # With offload the norms were taken when the gradients were copied, before the projection.
+        # With offload the norms were taken when the gradients were copied, before the projection; in float64, because
+        # torch's float32 norm of a large piece in host memory is wrong (https://github.com/pytorch/pytorch/issues/68326).
         if self._offload:
             norms = self._zero.norm_for_param_grads
             for param, gradient in zip(self.parameters, self.gradients(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key in norms and gradient is not None:
-                    norms[key] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                    norms[key] = torch.linalg.vector_norm(gradient, dtype=torch.float64)

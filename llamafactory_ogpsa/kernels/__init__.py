@@ -13,7 +13,7 @@ any value is not finite, need a sum over the whole model before the first write.
 """
 
 from .factory import MAX_RANK, make_plan, triton_obstacle
-from .plan import TINY_SQUARE, Plan
+from .plan import Plan
 
 
-__all__ = ["MAX_RANK", "TINY_SQUARE", "Plan", "make_plan", "triton_obstacle"]
+__all__ = ["MAX_RANK", "Plan", "make_plan", "triton_obstacle"]

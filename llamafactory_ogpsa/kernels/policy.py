@@ -26,7 +26,7 @@ def clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor 
 def orthogonal_step(
     products: torch.Tensor, squared_norms: torch.Tensor, inverse_gram: torch.Tensor, max_norm: float | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    """Choose `δ` of `Plan.apply_` for the policy `orthogonal` (arXiv 2602.07892), without asking the host.
+    """Choose `δ` of `Plan.apply_` for the policy `orthogonal` (arXiv 2602.07892), without waiting for the device.
 
     With the products `p = B g` and `A = (B Bᵀ)⁻¹`, `δ = -A p`: `g + Bᵀδ = g - U Uᵀg`, with the squared norm
     `‖g‖² - pᵀA p`. A gradient that is not finite is not changed.

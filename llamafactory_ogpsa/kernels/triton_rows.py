@@ -100,18 +100,15 @@ def rows_apply_kernel(
         start += COLUMNS
 
 
-class TritonRows:
+class TritonRows(TorchRows):
     """The passes as kernels that read the gradient once each; the basis, which is small, comes from the cache.
 
     With more than ``MAX_DIRECTIONS`` directions they are torch's matrix products.
     """
 
-    def __init__(self) -> None:
-        self._wide = TorchRows()
-
     def coefficients(self, gradient: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if basis.shape[0] > MAX_DIRECTIONS:
-            return self._wide.coefficients(gradient, basis)
+            return super().coefficients(gradient, basis)
 
         dense = gradient.contiguous()
         rows, columns = dense.shape
@@ -128,7 +125,7 @@ class TritonRows:
         self, gradient: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor | None
     ) -> None:
         if basis.shape[0] > MAX_DIRECTIONS:
-            self._wide.apply_(gradient, coefficients, basis, scale)
+            super().apply_(gradient, coefficients, basis, scale)
             return
 
         dense = gradient.contiguous()

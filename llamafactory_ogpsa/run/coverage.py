@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..engines import Engine
+from ..kernels.rows import squared_norm
 
 
 # What a parameter is called in warnings, by the first of these that its name matches.
@@ -64,8 +65,7 @@ def measure_uncovered(coverage: Coverage, engine: Engine) -> torch.Tensor | None
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for index, gradient in enumerate(gradients):
         if gradient is not None and gradient.numel() > 0:
-            squared = torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
-            sums[0 if index in outside else 1] += squared
+            sums[0 if index in outside else 1] += squared_norm(gradient)
     sums = engine.processes.sum_pieces(sums)
     return torch.where(sums.sum() > 0, sums[0] / sums.sum(), 0.0)
 

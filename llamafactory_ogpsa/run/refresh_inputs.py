@@ -7,6 +7,7 @@ import torch
 from ..engines import Engine
 from ..geometry import leading_directions
 from ..inputs import DEFAULT_RANK, InputSubspace, Protected, most_directions
+from ..kernels.rows import TorchRows
 from ..options import Settings
 from ..record import Recorder, find_modules, is_transposed
 from ..reference import ReferencePasses
@@ -19,7 +20,7 @@ class InputBasis:
 
     LoRA's output is `B A x`. Where `B` is zero, as at the start, `A ← A − (A Vᵀ) V` changes nothing that the model does
     and keeps reference inputs out of the adapter from then on: `A`'s gradient is projected, so that `A x` stays zero for
-    them, and `B` may be anything. Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it
+    them, and `B` may be anything; after a further refresh this holds for inputs in the spans of all. Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it
     is, and `B`, whose inputs `A x` have as many dimensions as the adapter's rank, is protected by half of them.
 
     Attributes:
@@ -28,15 +29,11 @@ class InputBasis:
         num_bytes: what the bases take at most in this process.
         device: where they are.
         sharded: False: every process has all bases.
-        follows_model: False: one refresh before the first step is a setting of its own.
-        repeats: False: inputs are there from the start.
         unreached: the names of every `B` whose `A` was changed so.
     """
 
     parts = 1
     sharded = False
-    follows_model = False
-    repeats = False
 
     def __init__(self, settings: Settings, engine: Engine, model: torch.nn.Module) -> None:
         """Look the matrices up; every process calls it.
@@ -143,8 +140,9 @@ class InputBasis:
         self.unreached |= {self._engine.names[b] for b in fresh}
 
         def keep_out(index: int, rows: torch.Tensor) -> None:
-            basis, kept = subspace.protected[index].basis, rows.float()
-            rows.copy_(kept - (kept @ basis.T) @ basis)
+            # With ZeRO's CPU offload the bases are on the host, and the weights are not.
+            basis, kernel = subspace.protected[index].basis.to(rows.device), TorchRows()
+            kernel.apply_(rows, kernel.coefficients(rows, basis)[0], basis, None)
 
         self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
 
