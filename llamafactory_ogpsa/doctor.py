@@ -115,7 +115,7 @@ def check_hook() -> Iterator[Finding]:
         text = f"{AUTOLOAD}={os.environ[AUTOLOAD]} keeps `import torch` from installing it"
         yield Finding(FAIL, "import hook", text, f"unset {AUTOLOAD}, or train by `{MODULE}`")
     else:
-        fix = "fix what is marked above; torch must be 2.5 or newer"
+        fix = "fix what is marked above; torch must be 2.6 or newer"
         yield Finding(FAIL, "import hook", "`import torch` did not install it", fix)
 
 

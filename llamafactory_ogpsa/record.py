@@ -10,7 +10,7 @@ import torch
 from .engines import Engine
 
 
-# Rows kept of each matrix's inputs, over all sets and processes, while each sample still gives enough of its tokens.
+# Rows kept of each matrix's inputs, over all sets and processes; more where a sample would give too few tokens.
 ROWS = 4096
 # With 5 or 7 tokens a sample a real model lost what it keeps with 12 (docs/real-model.md, "Tokens of each sample").
 FEWEST_TOKENS = 16

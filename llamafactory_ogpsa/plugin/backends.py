@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from typing import Any
 
-from ..options import refuse_unknown
-from .arguments import PREFIX, looks_like_ours
+from ..options import PREFIX, refuse_unknown
+from .arguments import looks_like_ours
 from .optimizers import refuse_optim
 
 
@@ -56,18 +56,10 @@ def refuse_given(arguments: dict[str, Any] | list[str]) -> None:
     """Refuse what is wrong with the given options by themselves; `arguments` as for `given_options`.
 
     Raises:
-        ValueError: an option is misspelt, or an environment variable chooses a backend that OGPSA does not support.
+        ValueError: an option is misspelt, or the options ask for OGPSA and an environment variable chooses a backend
+            that OGPSA does not support.
     """
     refuse_unknown(name for name, _ in given_options(arguments))  # with ALLOW_EXTRA_ARGS they would be ignored
-    refuse_environment(arguments)
-
-
-def refuse_environment(arguments: dict[str, Any] | list[str]) -> None:
-    """Refuse the backends that environment variables choose; `arguments` as for `given_options`.
-
-    Raises:
-        ValueError: the arguments ask for OGPSA and such a variable is set.
-    """
     asking = ogpsa_options(arguments)
     for variable, backend in BACKENDS.items():
         if asking and is_set(variable):

@@ -73,7 +73,7 @@ def check_layout(module: ModuleType) -> None:
     """Check what can be checked of LlamaBoard before it is built.
 
     Raises:
-        AttributeError, TypeError, ValueError: it does not; says what was looked for.
+        AttributeError, TypeError, ValueError: it does not look as expected; says what was looked for.
     """
     check_runner()
     parameters = list(inspect.signature(module.create_train_tab).parameters)

@@ -84,7 +84,6 @@ class OgpsaCallback(TrainerCallback):
         self._trainer.ogpsa.begin(make_host(self._trainer), state.global_step, self._trainer.ogpsa_checkpoint)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        # Not `per_device_train_batch_size`: `auto_find_batch_size` may have lowered it.
         self._trainer.ogpsa.before_step(state.global_step, self._trainer._train_batch_size)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -99,12 +98,14 @@ class OgpsaCallback(TrainerCallback):
 def make_host(trainer: Any) -> Host:
     """Make the run's view of a trainer that begins to train."""
     args, state, accelerator = trainer.args, trainer.state, trainer.accelerator
+    # Not `per_device_train_batch_size`: `auto_find_batch_size` may have lowered it.
+    batch_size = trainer._train_batch_size
     return Host(
         engine=make_engine(trainer.model, trainer.model_wrapped, accelerator.device, accelerator.scaler),
         model=trainer.model,
         output_dir=args.output_dir,
         max_steps=state.max_steps,
-        samples_per_step=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        samples_per_step=batch_size * args.gradient_accumulation_steps * args.world_size,
         main=state.is_world_process_zero,
         show_progress=state.is_local_process_zero and not args.disable_tqdm,
     )

@@ -1,6 +1,7 @@
 """Reference sets through the data pipeline of LLaMA-Factory's v1 trainer: DataEngine, renderer, collator."""
 
 import os
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +100,7 @@ def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet])
                 f"`ogpsa_dataset` has {item.name!r}, none of whose first {settings.num_samples} records has a token "
                 f"to learn at cutoff_len {cutoff_len}; allowed: a set with at least one."
             )
-        made.append(ReferenceSet(item.name, samples, Collator(cutoff_len), TokenLoss(trainer)))
+        made.append(ReferenceSet(item.name, samples, partial(collate, cutoff_len=cutoff_len), TokenLoss(trainer)))
 
     check_parts(settings.scope, settings.rank, {item.name: item.samples for item in made})
     return made
@@ -110,22 +111,15 @@ def count_weight(sample: dict[str, Any], cutoff_len: int) -> float:
     return float(sum(sample["loss_weights"][1:cutoff_len]))
 
 
-class Collator:
-    """v1's collator, for one batch: pads to the longest sample, and cuts at `cutoff_len`."""
+def collate(samples: list[dict[str, Any]], cutoff_len: int) -> dict[str, Any]:
+    """Make one batch by v1's collator: it pads to the longest sample, and cuts at `cutoff_len` tokens."""
+    from llamafactory.v1.core.utils.batching import default_collate_fn
+    from llamafactory.v1.utils.objects import StatefulBuffer
 
-    def __init__(self, cutoff_len: int) -> None:
-        """Keep the length to cut at, in tokens."""
-        self._cutoff_len = cutoff_len
-
-    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return a batch."""
-        from llamafactory.v1.core.utils.batching import default_collate_fn
-        from llamafactory.v1.utils.objects import StatefulBuffer
-
-        buffer = StatefulBuffer()
-        buffer.put(samples)
-        shape = {"micro_batch_size": len(samples), "num_micro_batch": 1, "cutoff_len": self._cutoff_len}
-        return default_collate_fn(buffer, shape)[0]
+    buffer = StatefulBuffer()
+    buffer.put(samples)
+    shape = {"micro_batch_size": len(samples), "num_micro_batch": 1, "cutoff_len": cutoff_len}
+    return default_collate_fn(buffer, shape)[0]
 
 
 class TokenLoss:

@@ -2,9 +2,11 @@
 
 import json
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ..files import replacing
 from .errors import RecipeError
 from .samples import Sample
 
@@ -92,12 +94,7 @@ def read_info(path: Path) -> dict[str, Any]:
 
 def replace_all(folder: Path, texts: dict[str, str]) -> None:
     """Write files under temporary names, then rename them in the order given: a write that fails changes nothing."""
-    temporary = {name: folder / f".{name}.tmp" for name in texts}
-    try:
-        for name, text in texts.items():
-            temporary[name].write_text(text, encoding="utf-8", newline="\n")
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        for name, text in reversed(texts.items()):  # what is entered last is renamed first
+            temporary = Path(stack.enter_context(replacing(folder / name)))
+            temporary.write_text(text, encoding="utf-8", newline="\n")

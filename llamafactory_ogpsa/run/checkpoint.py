@@ -118,10 +118,8 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
             save_tensors(_basis_path(folder, pieces, piece), subspace.tensors(), {"step": str(state.step)})
         except OSError as err:
             error = err
-    if subspace is not None and pieces > 1:
+    if subspace is not None:
         fail_together(engine, error)
-    elif error is not None:
-        raise error
     if writes:
         state = replace(state, pieces=0 if subspace is None else pieces)
         path = os.path.join(folder, STATE_NAME)

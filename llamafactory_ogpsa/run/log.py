@@ -59,7 +59,7 @@ def begin_log(path: str, step: int, checkpoint: str | None = None) -> None:
     `step` on and the steps after it. Earlier rows come from the log beside the checkpoint, where there is one.
     """
     beside = path if checkpoint is None else os.path.join(os.path.dirname(os.path.abspath(checkpoint)), LOG_NAME)
-    rows = read_log(beside) if step > 0 and os.path.exists(beside) else []
+    rows = read_log(beside) if step > 0 else []
     rows = [row for row in rows if row["step"] < step + (0 if row.get("refresh") else 1)]
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)
@@ -100,7 +100,8 @@ def introduce(
         f"basis {maker.num_bytes / 2**20:,.1f} MiB on {maker.device}{each}; "
         f"expected cost {cost:.2f} reference samples per training sample."
     )
-    if maker.follows_model and refreshes == 1 and steps > 1:
+    # With scope `inputs` one refresh is a setting of its own.
+    if settings.scope != "inputs" and refreshes == 1 and steps > 1:
         logger.warning(
             f"OGPSA refreshes its basis once: the run has {steps} steps, `ogpsa_update_interval` is "
             f"{settings.update_interval}. A smaller one follows the model as it changes."
@@ -173,8 +174,8 @@ class StepLog:
         if not self._warned_no_update:
             self._warned_no_update = True
             self._warn(
-                f"OGPSA does not log what the optimizer's step does (`update_*`): {optimizer} is not of the Adam family, "
-                "and so many weights are trained that they are not copied."
+                f"OGPSA does not log what the optimizer's step does (`update_*`): the state of {optimizer} does not say "
+                "what its step was, and so many weights are trained that they are not copied."
             )
 
     def _warn(self, message: str) -> None:

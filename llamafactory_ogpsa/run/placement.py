@@ -49,9 +49,12 @@ def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torc
         basis_device: of `choose_basis_device` in this process.
         kernel: `auto`, `triton` or `torch`.
     """
-    here = kernel == "auto" and triton_obstacle(engine.device.type, interpret=False) is not None
-    hosted, obstructed = engine.processes.totals([float(basis_device.type == "cpu"), float(here)])
-    if obstructed and not here:
-        logger.warning("OGPSA projects gradients by torch: Triton cannot run in every process.")
+    obstacle = triton_obstacle(engine.device.type, interpret=False) if kernel == "auto" else None
+    hosted, without_triton = engine.processes.totals([float(basis_device.type == "cpu"), float(obstacle is not None)])
+    if without_triton:
         kernel = "torch"
+        if obstacle is None:
+            logger.warning("OGPSA projects gradients by torch: Triton cannot run in every process.")
+        elif engine.processes.rank == 0:
+            logger.info(f"OGPSA projects gradients by torch: {obstacle}.")
     return torch.device("cpu") if hosted else basis_device, kernel

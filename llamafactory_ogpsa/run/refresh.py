@@ -23,13 +23,9 @@ class GradientBasis:
         num_bytes: what the basis takes in this process.
         device: where it is.
         sharded: whether each process has a piece of it.
-        follows_model: whether the basis should be refreshed because the weights change.
-        repeats: whether a refresh is repeated where some tensor had no gradient yet.
         unreached: none; see `InputBasis`.
     """
 
-    follows_model = True
-    repeats = True
     unreached = frozenset()
 
     def __init__(self, settings: Settings, num_sets: int, engine: Engine) -> None:

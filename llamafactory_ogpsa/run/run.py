@@ -98,8 +98,9 @@ class OgpsaRun:
             self._maker = InputBasis(self.settings, self.engine, host.model)
         else:
             self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
-        self.schedule = Schedule(self.settings.update_interval, searching=self._maker.repeats)
-        repeated = self._maker.repeats and self._starts_at_zero()
+        searching = self.settings.scope != "inputs"  # inputs are there from the start, some gradients are not
+        self.schedule = Schedule(self.settings.update_interval, searching)
+        repeated = searching and self._starts_at_zero()
         if host.main:
             introduce(logger, self.settings, self.sets, host, self._maker, repeated)
         if checkpoint is not None:

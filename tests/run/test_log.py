@@ -9,14 +9,19 @@ from llamafactory_ogpsa.options import OPTIONS, Settings, resolve
 from llamafactory_ogpsa.run.log import introduce
 
 
-def start(caplog, interval, follows_model, repeated=False):
+def start(caplog, interval, scope, repeated=False):
     """Return what is logged at the start of a run of 10 steps of 4 samples, with one set of 8."""
-    given = {**dict.fromkeys(OPTIONS), "ogpsa_dataset": "helpful", "ogpsa_update_interval": interval}
+    given = {
+        **dict.fromkeys(OPTIONS),
+        "ogpsa_dataset": "helpful",
+        "ogpsa_update_interval": interval,
+        "ogpsa_scope": scope,
+    }
     arguments = SimpleNamespace(**given, stage="sft", plot_loss=False)
     resolve(arguments)
     engine = SimpleNamespace(processes=SimpleNamespace(size=1), num_parameters=20, names=["a"])
     host = SimpleNamespace(engine=engine, max_steps=10, samples_per_step=4)
-    maker = SimpleNamespace(rank=1, num_bytes=80, device="cpu", follows_model=follows_model)
+    maker = SimpleNamespace(rank=1, num_bytes=80, device="cpu")
     sets = [SimpleNamespace(name="helpful", samples=range(8))]
     with caplog.at_level(logging.INFO):
         introduce(logging.getLogger("start"), Settings.from_arguments(arguments), sets, host, maker, repeated)
@@ -33,13 +38,13 @@ def start(caplog, interval, follows_model, repeated=False):
     ],
 )
 def test_the_start_line_says_when_and_at_what_cost(caplog, interval, repeated, when, cost):
-    text = start(caplog, interval, follows_model=False, repeated=repeated)
+    text = start(caplog, interval, scope="inputs", repeated=repeated)
     assert when in text
     assert f"expected cost {cost} reference samples" in text
     assert "WARNING" not in text
 
 
 def test_one_refresh_of_a_basis_that_follows_the_model_is_warned_of(caplog):
-    assert "OGPSA refreshes its basis once: the run has 10 steps" in start(caplog, 10, follows_model=True)
+    assert "OGPSA refreshes its basis once: the run has 10 steps" in start(caplog, 10, scope="parameter")
     caplog.clear()
-    assert "refreshes its basis once" not in start(caplog, 5, follows_model=True)
+    assert "refreshes its basis once" not in start(caplog, 5, scope="parameter")
