@@ -16,12 +16,13 @@ PUBLISHED_RANK = 2
 Tensors = Sequence[torch.Tensor]
 
 
-def ours(gradients: Tensors, basis: Tensors, kernel: str) -> Step:
-    """Build the step with this project's kernels."""
-    rank = basis[0].shape[0]
-    plan = make_plan(basis, list(range(len(basis))), len(basis), kernel=kernel)
+def ours(gradients: Tensors, basis: Tensors, kernel: str = "auto", groups: Sequence[int] | None = None) -> Step:
+    """Build the step with this project's kernels; `groups` as for `make_plan`, None for a group a tensor."""
+    rank, device = basis[0].shape[0], gradients[0].device
+    groups = list(range(len(basis))) if groups is None else groups
+    plan = make_plan(basis, groups, max(groups) + 1, kernel=kernel, device=device)
     plan.warmup([g.dtype for g in gradients])
-    inverse_gram = torch.eye(rank, device=basis[0].device).repeat(len(basis), 1, 1)
+    inverse_gram = torch.eye(rank, device=device).repeat(max(groups) + 1, 1, 1)
     return lambda: plan.orthogonal_(gradients, inverse_gram, MAX_NORM)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
+
 from .devices import environment
 from .timing import measure, peak_memory
 from .workload import make_model
@@ -83,7 +85,7 @@ def make_base(folder: Path) -> dict[str, Any]:
 
 def read_figures(output: Path) -> dict[str, float]:
     """Return the mean share, and the mean cosine with each reference set, of a run's updates but the first."""
-    rows = [json.loads(line) for line in (output / "ogpsa_log.jsonl").read_text().splitlines()]
+    rows = read_log(output / LOG_NAME)
     rows = [row for row in rows if not row.get("refresh")][1:]
     figures = {"share": statistics.fmean(row["update_share"] for row in rows)}
     if "update_cosine" in rows[0]:

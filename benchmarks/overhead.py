@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from llamafactory_ogpsa.run.log import LOG_NAME, read_log
+
 from .workload import DATASET, StepTimer, make_workload
 
 
@@ -79,7 +81,7 @@ def main() -> None:
         # One refresh, before the first step: the steps that are compared have none.
         ogpsa_steps += run(args, **ogpsa, ogpsa_update_interval=10 * options.steps)[0][5:]
         _, output = run(args, **ogpsa, ogpsa_update_interval=1, max_steps=5)
-        rows = [json.loads(line) for line in (output / "ogpsa_log.jsonl").read_text().splitlines()]
+        rows = read_log(output / LOG_NAME)
         per_reference_sample += [row["seconds"] / SAMPLES for row in rows if row.get("refresh")][1:]
 
     stock_step = statistics.median(stock_steps)

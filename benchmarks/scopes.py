@@ -16,12 +16,11 @@ from typing import Any
 import torch
 
 from llamafactory_ogpsa.inputs import DEFAULT_RANK, InputSubspace
-from llamafactory_ogpsa.kernels import make_plan
 from llamafactory_ogpsa.kernels.rows import exact_products
 from llamafactory_ogpsa.protected import Protected
 
 from .devices import counters, default_device, environment
-from .implementations import MAX_NORM, clip_alone
+from .implementations import MAX_NORM, clip_alone, ours
 from .memory import directions, inputs_bytes
 from .models import trainable_shapes
 from .rows import build_steps, print_result
@@ -78,19 +77,16 @@ def two_products(gradients: list[torch.Tensor], bases: list[torch.Tensor | None]
     return step
 
 
-def flattened(gradients: list[torch.Tensor], scope: str, kernel: str) -> Step:
-    """Build the step of scope `parameter` or `global`, with random rows in place of a basis."""
-    flat = [g.view(-1) for g in gradients]
-    basis = [torch.randn(RANK, g.numel(), dtype=g.dtype, device=g.device).div_(g.numel() ** 0.5) for g in flat]
-    groups = list(range(len(flat))) if scope == "parameter" else [0] * len(flat)
-    plan = make_plan(basis, groups, max(groups) + 1, kernel=kernel)
-    plan.warmup([g.dtype for g in flat])
-    inverse_gram = torch.eye(RANK, device=flat[0].device).repeat(max(groups) + 1, 1, 1)
-    return lambda: plan.orthogonal_(flat, inverse_gram, MAX_NORM)
-
-
-def build(name: str, gradients: list[torch.Tensor], bases: list[torch.Tensor | None]) -> Step:
+def build(
+    name: str, gradients: list[torch.Tensor], bases: list[torch.Tensor | None], rows: list[torch.Tensor]
+) -> Step:
     """Build an implementation's step, which changes the gradients.
+
+    Args:
+        name: one of `IMPLEMENTATIONS`.
+        gradients: the gradients.
+        bases: of scope `inputs`, from `random_bases`.
+        rows: of the other scopes, `[RANK, numel]` of each gradient.
 
     Raises:
         ValueError: a kernel that cannot run here.
@@ -101,7 +97,7 @@ def build(name: str, gradients: list[torch.Tensor], bases: list[torch.Tensor | N
         return two_products(gradients, bases)
     scope, _, kernel = name.rstrip(")").partition(" (")
     if scope != "inputs":
-        return flattened(gradients, scope, kernel)
+        return ours([g.view(-1) for g in gradients], rows, kernel, [0] * len(rows) if scope == "global" else None)
     shapes = [tuple(g.shape) for g in gradients]
     project = subspace_of(shapes, bases, gradients[0].device).projection(kernel=kernel)
     return lambda: project(gradients, max_norm=MAX_NORM)
@@ -173,8 +169,9 @@ def compare(
 
     gradients = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     bases = random_bases(shapes, rank, device)
+    flat = [torch.randn(RANK, numel, dtype=dtype, device=device).div_(numel**0.5) for numel in numels]
     rows = [dict(row, implementation=name, skipped=None) for name in implementations]
-    steps, peaks = build_steps(rows, lambda name: build(name, gradients, bases), device)
+    steps, peaks = build_steps(rows, lambda name: build(name, gradients, bases, flat), device)
     times = measure(steps, device, repeats, statistics.median, LONGEST)
     first = next((times[name].seconds for name in implementations if name in times), None)
     for result in rows:

@@ -49,7 +49,7 @@ def measure(
     Args:
         steps: functions by name.
         device: where they run.
-        repeats: how often each is timed, after two calls that are not; fewer, but once, where `longest` is over.
+        repeats: how often each is timed, after two calls that are not; after `longest` seconds no more, but at least once.
         typical: which of the times counts; None: the median on a GPU; on a CPU, which is rarely alone with the
             benchmark, the least.
         longest: seconds after which a step has been timed enough.

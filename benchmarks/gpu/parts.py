@@ -15,13 +15,12 @@ from xml.etree import ElementTree
 import torch
 
 from llamafactory_ogpsa import Subspace
-from llamafactory_ogpsa.geometry import leading_directions
+from llamafactory_ogpsa.geometry import SCOPES, leading_directions
 from llamafactory_ogpsa.inputs import DEFAULT_RANK
-from llamafactory_ogpsa.kernels import make_plan
 
 from .. import accuracy, distributed, projection, scopes
 from ..devices import counters
-from ..implementations import IMPLEMENTATIONS, MAX_NORM
+from ..implementations import IMPLEMENTATIONS, MAX_NORM, ours
 from ..memory import ROWS, basis_bytes, inputs_bytes
 from ..models import trainable_numels, trainable_shapes
 from ..timing import clear_memory, copy_bandwidth, measure, peak_memory
@@ -208,12 +207,7 @@ def measure_streaming(case: Case, run: Run) -> Figures:
     gradients, resident = projection.random_tensors(numels, RANK, run.device)
     pin = run.device.type == "cuda"
     host = [torch.empty(b.shape, dtype=b.dtype, pin_memory=pin).copy_(b) for b in resident]
-    inverse_gram = torch.eye(RANK, device=run.device).repeat(len(numels), 1, 1)
-    steps = {}
-    for name, basis in (("resident", resident), ("streamed", host)):
-        plan = make_plan(basis, list(range(len(numels))), len(numels), device=run.device)
-        plan.warmup([gradient.dtype for gradient in gradients])
-        steps[name] = lambda plan=plan: plan.orthogonal_(gradients, inverse_gram, MAX_NORM)
+    steps = {"resident": ours(gradients, resident), "streamed": ours(gradients, host)}
     times = measure(steps, run.device, run.sizes.repeats)
     activity = trace.record(steps["streamed"], run.device, max(1, run.sizes.repeats // 4))
     return {
@@ -268,7 +262,6 @@ def _launch_cases() -> list[Case]:
     return [dict(zip(("gradients", "implementation", "addresses"), case)) for case in cases]
 
 
-SCOPES = ("parameter", "global", "inputs")
 TRAININGS = [f"{model} {tuning}" for model in ("Qwen2.5-0.5B", "Qwen2.5-1.5B") for tuning in ("full", "LoRA r=8")]
 SCOPES_MODELS = ("Qwen2.5-0.5B full", "Qwen2.5-1.5B full", "Qwen2.5-7B full", "Qwen2.5-7B LoRA r=8")
 MEMORY = [

@@ -33,7 +33,8 @@ def test_all_ways_of_scope_inputs_give_the_same_gradient(name):
     bases = scopes.random_bases([tuple(g.shape) for g in gradients], 5, torch.device("cpu"))
     exact = [g.double() - g.double() @ v.double().T @ v.double() for g, v in zip(gradients, bases) if v is not None]
     norm = sum(g.square().sum() for g in exact).sqrt()
-    scopes.build(name, gradients, bases)()
+    rows = [torch.randn(scopes.RANK, gradient.numel()) for gradient in gradients]
+    scopes.build(name, gradients, bases, rows)()
     for g, e in zip(gradients, [g * implementations.MAX_NORM / norm for g in exact] + [torch.zeros(9)], strict=True):
         torch.testing.assert_close(g.double(), e.double(), rtol=1e-4, atol=1e-6)
 
