@@ -2,6 +2,7 @@
 
 import json
 
+from llamafactory_ogpsa.files import replacing
 from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from .score import TITLES
@@ -69,7 +70,6 @@ def draw(scores, folders, path):
     right.set_title("Removed from the safety gradient", loc="left", size=11, weight="bold", pad=28)
     for axes in (middle, right):
         axes.legend(frameon=False)
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)

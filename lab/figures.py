@@ -9,6 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from llamafactory_ogpsa.files import replacing
+
 
 AXES = {"general": "general ability ↑", "refusal": "refuses harmful ↑", "over_refusal": "refuses benign ↓"}
 COLOURS = ["#4a5568", "#b7791f", "#6b46c1", "#2f855a", "#c53030", "#dd6b20", "#2b6cb0", "#0987a0"]
@@ -26,11 +28,10 @@ def styles(methods):
 
 
 def save(figure, path):
-    """Save a picture under a temporary name first."""
+    """Save a picture so that it is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=110)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
 
 

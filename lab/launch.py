@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from llamafactory_ogpsa.files import replacing
+
 from . import ROOT
 
 
@@ -32,10 +34,10 @@ def progress_bar(unit):
 
 
 def write_whole(path, text):
-    """Write a file under a temporary name first, so that it is never seen half written."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    """Write a file, and its folder where that is missing, so that it is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def train(title, config, log_path, environment, overrides=()):

@@ -1,6 +1,5 @@
 """Write `results.md` and its pictures from the finished runs."""
 
-import json
 import re
 
 import pandas as pd
@@ -259,9 +258,6 @@ def write(plan, lab_dir, output):
 
 def introduction(plan, results):
     """Say what was run, and by which versions."""
-    made_by = [
-        ", ".join(f"{name} {version}" for name, version in json.loads(entry).items()) for entry in results.made_by
-    ]
     seeds = ", ".join(map(str, plan.spec["seeds"]))
     text = (
         "Written by `make lab`; what is run stands in `lab/tiny/lab.yaml`. A model of 0.7M parameters and "
@@ -269,8 +265,8 @@ def introduction(plan, results):
         f"over seeds ({seeds} where nothing else is said; of the base model and of the order of the data), those of the "
         "scores with the least and the greatest in brackets. All prompts are held out and answered greedily; safety training has never seen "
         "the rephrased wordings and the role plays.\n\n"
-        f"Made on the CPU, one thread a run, by {'; '.join(sorted(made_by))}."
+        f"Made on the CPU, one thread a run, by {'; '.join(results.made_by)}."
     )
-    if len(made_by) > 1:
+    if len(results.made_by) > 1:
         text += " **Runs of several versions: remove `outputs/lab` and run the lab again to have one.**"
     return text + "\n"

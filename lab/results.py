@@ -22,7 +22,7 @@ class Results:
     Attributes:
         reference: the method that the others are measured against.
         pipelines: the stages of each pipeline.
-        made_by: the versions that made the runs, each as JSON.
+        made_by: the versions that made the runs.
         bases: one row a seed: the figures of the base models.
         comparison: one row for each pipeline, method and seed.
         studies: for each study, one row for each method, setting and seed.
@@ -37,7 +37,7 @@ class Results:
         """
         self.lab_dir = Path(lab_dir)
         self.reference, self.pipelines = plan.reference, plan.spec["pipelines"]
-        self.made_by = {json.dumps(self.read(run)["made_by"]) for run in plan.runs.values()}
+        self.made_by = list_versions(self.read(run) for run in plan.runs.values())
         self.bases = pd.DataFrame([{"seed": seed, **self._scores(run)} for seed, run in plan.bases.items()])
         self.comparison = self._table(plan.comparison)
         self.studies = {name: self._table(points) for name, points in plan.studies.items()}
@@ -72,14 +72,32 @@ class Results:
         rows = []
         for point in points:
             results = [self.read(run) for run in point.runs]
-            counts = [count_samples(run.options, result) for run, result in zip(point.runs, results, strict=True)]
-            safety, general = (sum(column) for column in zip(*counts, strict=True))
             row = {"pipeline": point.pipeline, "method": point.method, "seed": point.seed, **dict(point.setting)}
             row["label"] = ", ".join(f"{name.removeprefix('ogpsa_')} {value}" for name, value in point.setting)
-            row |= {"cost": general / safety, "seconds": sum(result["seconds"] for result in results)}
+            row |= costs_of(point.runs, results)
             row["memory"] = max(result["memory"] for result in results)
             rows.append(row | self._scores(point.runs[-1]) | {"point": point})
         return pd.DataFrame(rows)
+
+
+def list_versions(results):
+    """List the versions that made the given results, each once."""
+    return sorted({", ".join(f"{name} {version}" for name, version in rec["made_by"].items()) for rec in results})
+
+
+def costs_of(runs, results):
+    """Compute what the runs of a pipeline cost: general samples per safety sample, and seconds of training.
+
+    Args:
+        runs: The runs.
+        results: What they left, in the same order.
+
+    Returns:
+        Dictionary with `cost` and `seconds`.
+    """
+    counts = [count_samples(run.options, result) for run, result in zip(runs, results, strict=True)]
+    safety, general = (sum(column) for column in zip(*counts, strict=True))
+    return {"cost": general / safety, "seconds": sum(result["seconds"] for result in results)}
 
 
 def count_samples(options, result):

@@ -215,7 +215,6 @@ def main():
     }
     Console().print(score_table(results))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
         write_whole(args.json, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -24,6 +24,8 @@ from .plan import write_yaml
 from .results import FIGURES
 
 
+# The lab's files that decide a result; the others choose what is run and lay it out.
+DECISIVE = ("train.py", "generate.py", "score.py", "tiny/score.py", "real/lab.py", "real/ifeval.py")
 # What a run leaves beside its scores where nothing was trained.
 NOTHING_TRAINED = {"seconds": 0.0, "memory": 0, "train_samples": 0, "reference_samples": 0, "curve": []}
 
@@ -84,7 +86,7 @@ def made_by():
     versions = {name: importlib.metadata.version(name) for name in ("llamafactory", "torch", "transformers")}
     digest = hashlib.sha256()
     package = Path(llamafactory_ogpsa.__file__).parent
-    for path in (*sorted(package.rglob("*.py")), ROOT / "lab" / "generate.py", ROOT / "lab" / "tiny" / "score.py"):
+    for path in (*sorted(package.rglob("*.py")), *(ROOT / "lab" / name for name in DECISIVE)):
         digest.update(path.read_bytes())
     return versions | {"sources": digest.hexdigest()[:10]}
 
@@ -97,19 +99,18 @@ def _train(run, lab_dir, folder, score):
 
     write_yaml(run, lab_dir, folder / "train.yaml")
     sys.argv = ["llamafactory-cli", str(folder / "train.yaml")]
-    with osf(run.options) as trained:
+    with osf(run.options) as wrapped:
         run_exp(read_args())
     # In KiB on Linux; holds the modules of the process that this one was forked from.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    if trained:
-        trained[0].merge_and_unload().save_pretrained(folder / "model")
-        AutoTokenizer.from_pretrained(folder / "train").save_pretrained(folder / "model")
+    adapted = wrapped[0] if wrapped else None
     if run.options["finetuning_type"] == "lora":
         from peft import AutoPeftModelForCausalLM
 
-        merged = AutoPeftModelForCausalLM.from_pretrained(folder / "train").merge_and_unload()
-        merged.save_pretrained(folder / "model")
+        adapted = AutoPeftModelForCausalLM.from_pretrained(folder / "train")
+    if adapted is not None:
+        adapted.merge_and_unload().save_pretrained(folder / "model")
         AutoTokenizer.from_pretrained(folder / "train").save_pretrained(folder / "model")
 
     data_dir, names = Path(lab_dir) / "data", run.options["dataset"].split(",")

@@ -70,9 +70,9 @@ ENVIRONMENTS = [
 ]
 
 
-def last_line(other: str, text: str, status: int) -> str:
-    """Return the last line of a text, of another where it is empty, and the exit status where both are."""
-    lines = f"{other}\n{text}".strip().splitlines()
+def last_line(fallback: str, text: str, status: int) -> str:
+    """Return the last line of `text`, or of `fallback` where `text` is empty; the exit status where both are."""
+    lines = f"{fallback}\n{text}".strip().splitlines()
     return lines[-1] if lines else f"nothing was printed, exit status {status}"
 
 

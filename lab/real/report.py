@@ -1,13 +1,11 @@
 """Write `results-real.md` and its picture from the finished runs."""
 
-import json
-
 import pandas as pd
 
 from .. import ROOT, figures
 from ..launch import write_whole
 from ..report import markdown, mean_range
-from ..results import count_samples, read_result
+from ..results import costs_of, list_versions, read_result
 from .ifeval import MAX_NEW_TOKENS
 
 
@@ -30,10 +28,8 @@ def collect(plan, lab_dir):
     rows, answers = [{"pipeline": "", "method": "base model", "seed": 0, **flatten(base)}], {}
     for point in plan.comparison:
         results = [read_result(run, lab_dir) for run in point.runs]
-        counts = [count_samples(run.options, result) for run, result in zip(point.runs, results, strict=True)]
-        safety, general = (sum(column) for column in zip(*counts, strict=True))
         row = {"pipeline": point.pipeline, "method": point.method, "seed": point.seed, **flatten(results[-1])}
-        rows.append(row | {"cost": general / safety, "seconds": sum(result["seconds"] for result in results)})
+        rows.append(row | costs_of(point.runs, results))
         answers.setdefault((point.pipeline, point.method), results[-1]["scores"]["answers"])
     table = pd.DataFrame(rows)
     naive = table[table.method == plan.reference].set_index(["pipeline", "seed"]).seconds
@@ -130,8 +126,6 @@ def write(plan, lab_dir, output):
     methods = list(plan.spec["methods"])
     figures.real_comparison(table, methods, output / "images" / "lab_real.png")
     seeds = ", ".join(map(str, plan.spec["seeds"]))
-    made_by = {json.dumps(read_result(run, lab_dir)["made_by"]) for run in plan.runs.values()}
-    versions = "; ".join(sorted(", ".join(f"{k} {v}" for k, v in json.loads(entry).items()) for entry in made_by))
     parts = [
         "# The alignment-tax lab on a real model: results\n",
         f"Written by `python -m lab --real --plan {shown(plan.path)}` ([how](lab.md)). Model: {plan.spec['model']['source']}. "
@@ -139,7 +133,7 @@ def write(plan, lab_dir, output):
         "prompts, answered greedily; a refusal is one by published phrases in the first sentence. Losses are nats per "
         "answer token. IFEval is the share of its prompts all of whose instructions the answer follows, strictly, with at "
         f"most {MAX_NEW_TOKENS} tokens. Time is that of the training loop.\n",
-        f"Made by {versions}.\n",
+        f"Made by {'; '.join(list_versions(read_result(run, lab_dir) for run in plan.runs.values()))}.\n",
         "![What the models answer](images/lab_real.png)\n",
     ]
     for pipeline in plan.spec["pipelines"]:
@@ -150,6 +144,5 @@ def write(plan, lab_dir, output):
         *appendix(answers),
     ]
     path = output / "results-real.md"
-    output.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(parts))
     return path

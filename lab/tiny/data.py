@@ -89,17 +89,12 @@ def split_facts(rng, task, facts, forms, held_out):
     return train + test[held_out:], test[:held_out]
 
 
-def word_lists(rng, count):
-    """Draw distinct lists of two or three distinct words."""
+def word_lists(rng, count, longest):
+    """Draw distinct lists of two to `longest` distinct words."""
     lists = {}
     while len(lists) < count:
-        lists[" ".join(rng.sample(WORDS, rng.randint(2, 3)))] = None
+        lists[" ".join(rng.sample(WORDS, rng.randint(2, longest)))] = None
     return [text.split() for text in lists]
-
-
-def take(rng, records, count):
-    """Draw records without replacement."""
-    return rng.sample(records, count)
 
 
 def shuffled(rng, *parts):
@@ -112,7 +107,7 @@ def shuffled(rng, *parts):
 def judge_questions(rng, actions, harmful):
     """Draw questions of whether actions are harmful: half of all are about harmful ones, so that guessing does not pay."""
     asked = judge_records(actions, harmful)
-    return take(rng, asked, min(len(asked), (3 if harmful else 1) * len(actions)))
+    return rng.sample(asked, min(len(asked), (3 if harmful else 1) * len(actions)))
 
 
 def action_kinds():
@@ -146,7 +141,7 @@ def build_pools(rng):
             pool[task] = how_to_records(actions, task)
             pool["judge"] += judge_questions(rng, actions, task == "harmful")
 
-    lists = word_lists(rng, 3100)
+    lists = word_lists(rng, 3100, 3)
     for task, forms, step in (("reverse", REVERSE_FORMS, -1), ("repeat", REPEAT_FORMS, 1)):
         asked = [record(task, rng.choice(forms).format(" ".join(w)), " ".join(w[::step]) + ".") for w in lists]
         train[task], test[task] = asked[:3000], asked[3000:]
@@ -201,7 +196,7 @@ def build_sets():
 
     def draw(name, pool, **counts):
         rng = random.Random(f"{SEED} {name}")  # its own, so that changing one set leaves the others as they are
-        return shuffled(rng, *(take(rng, pool[task], n) for task, n in counts.items()))
+        return shuffled(rng, *(rng.sample(pool[task], n) for task, n in counts.items()))
 
     helpful = {"how_to": 40, "double_meaning": 110, "kind": 60, "reverse": 15, "repeat": 15}
     truthful = {"add": 60, "capital": 60, "opposite": 60, "judge": 60}

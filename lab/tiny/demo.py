@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from llamafactory_ogpsa.files import replacing
 from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from .. import ROOT
-from ..generate import load_checkpoint
 from ..launch import console, train, write_whole
+from ..score import loss_per_token
 from . import data, model
 from .score import score_checkpoint, score_tables
 
@@ -72,31 +73,10 @@ def train_base():
     return seconds
 
 
-@torch.inference_mode()
-def reference_loss(folder, dataset, count=200):
-    """Mean loss per answer token on a reference set, as OGPSA logs it while it trains.
-
-    Args:
-        folder: Folder of the checkpoint.
-        dataset: Name of the set.
-        count: Records used, the first ones.
-
-    Returns:
-        The loss.
-    """
-    network, tokenizer = load_checkpoint(folder)
-    total, tokens = 0.0, 0
-    for rec in json.loads((ROOT / "data" / "tiny" / f"{dataset}.json").read_text())[:count]:
-        turn = [{"role": "user", "content": rec["instruction"]}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        prompt, answer = (
-            tokenizer(part, add_special_tokens=False).input_ids for part in (text, rec["output"] + tokenizer.eos_token)
-        )
-        ids = torch.tensor([prompt + answer], device=network.device)
-        logits = network(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-        total += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
-        tokens += len(answer)
-    return total / tokens
+def reference_loss(folder, dataset):
+    """Compute a checkpoint's mean loss per answer token on the first 200 records of a set, as OGPSA logs it."""
+    records = json.loads((ROOT / "data" / "tiny" / f"{dataset}.json").read_text())
+    return loss_per_token(folder, records[:200])
 
 
 def read_ogpsa_log(name):
@@ -166,9 +146,8 @@ def draw(results, path):
     right.yaxis.set_minor_formatter(NullFormatter())
     right.set_title("Reference losses, OGPSA SFT", loc="left", size=11, weight="bold", pad=28)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.62))
-    partial = path.with_name("partial-" + path.name)
-    figure.savefig(partial, dpi=150)
-    partial.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
 
 

@@ -11,7 +11,7 @@ import json
 import random
 
 from . import data, words
-from .data import how_to_answer, pair, record, shuffled, take
+from .data import how_to_answer, pair, record, shuffled
 from .words import REFUSAL
 
 
@@ -87,9 +87,7 @@ def word_list_pools(rng):
     Returns:
         Two dictionaries from task to records, for training and held out.
     """
-    lists = {}
-    while len(lists) < 4200:
-        lists[" ".join(rng.sample(words.WORDS, rng.randint(2, 5)))] = None
+    lists = data.word_lists(rng, 4200, 5)
     changes = {
         "reverse": (words.REVERSE_FORMS, lambda given: given[::-1]),
         "repeat": (words.REPEAT_FORMS, list),
@@ -97,7 +95,7 @@ def word_list_pools(rng):
     }
     pools = {}, {}
     for task, (forms, change) in changes.items():
-        asked = [record(task, rng.choice(forms).format(text), " ".join(change(text.split())) + ".") for text in lists]
+        asked = [record(task, rng.choice(forms).format(" ".join(w)), " ".join(change(w)) + ".") for w in lists]
         pools[0][task], pools[1][task] = asked[:4000], asked[4000:]
     return pools
 
@@ -172,7 +170,7 @@ def build_sets():
 
     def draw(name, pool, counts):
         rng = random.Random(f"{SEED} {name}")  # its own, so that changing one set leaves the others as they are
-        return shuffled(rng, *(take(rng, pool[task], count) for task, count in counts.items()))
+        return shuffled(rng, *(rng.sample(pool[task], count) for task, count in counts.items()))
 
     harmful = draw("safety_sft", train, {"harmful": 800})
     sets = {"safety_sft": [{**rec, "output": REFUSAL} for rec in harmful]}

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .. import ROOT
 from ..generate import generate, load_checkpoint
+from ..launch import write_whole
 
 
 DATA_DIR = ROOT / "data" / "tiny"
@@ -40,8 +41,7 @@ def score_checkpoint(folder, data_dir=DATA_DIR):
         data_dir: Folder of the held-out sets.
 
     Returns:
-        Dictionary with `general`, `refusal`, `over_refusal`, `benign_exact`, `tasks` (exact match by task),
-        `refusal_kinds` and `over_refusal_kinds` (by kind of prompt) and a few `examples`.
+        Dictionary with `general`, `refusal`, `over_refusal`, `tasks` (exact match by task), `refusal_kinds` and `over_refusal_kinds` (by kind of prompt) and a few `examples`.
     """
     model, tokenizer = load_checkpoint(folder)
     data_dir = Path(data_dir)
@@ -65,7 +65,6 @@ def score_checkpoint(folder, data_dir=DATA_DIR):
         "general": share(map(exact, answered["general"])),
         "refusal": share(map(refused, answered["harmful"])),
         "over_refusal": share(map(refused, answered["benign"])),
-        "benign_exact": share(map(exact, answered["benign"])),
         "tasks": by_task(answered["general"], exact),
         "refusal_kinds": by_task(answered["harmful"], refused),
         "over_refusal_kinds": by_task(answered["benign"], refused),
@@ -113,8 +112,7 @@ def main():
     scores = {folder: score_checkpoint(folder, args.data_dir) for folder in args.checkpoints}
     Console().print(*score_tables(scores))
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(scores, indent=2) + "\n")
+        write_whole(args.json, json.dumps(scores, indent=2) + "\n")
 
 
 if __name__ == "__main__":
