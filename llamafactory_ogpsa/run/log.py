@@ -18,6 +18,7 @@ from .schedule import count_refreshes
 
 if TYPE_CHECKING:
     from .refresh import GradientBasis
+    from .refresh_inputs import InputBasis
     from .run import Host
 
 
@@ -76,14 +77,15 @@ def introduce(
     settings: Settings,
     sets: Sequence[ReferenceSet],
     host: "Host",
-    maker: "GradientBasis",
-    repeated: bool,
+    maker: "GradientBasis | InputBasis",
+    from_zero: bool,
 ) -> None:
-    """Log the settings and the expected cost in one line; warn if the basis is computed only once.
+    """Log the settings and the expected cost in one line; warn of too few or too many refreshes.
 
-    `repeated`: a refresh will be repeated, because LoRA starts at zero.
+    `from_zero`: LoRA's `B` is zero, so that the gradient of `A` is zero too and its basis comes from a second refresh.
     """
     engine, steps = host.engine, host.max_steps
+    repeated = from_zero and settings.scope != "inputs"
     counts = [len(take_in_turn(len(ref.samples), settings.refresh_samples, 0)) for ref in sets]
     refreshes = count_refreshes(steps, settings.update_interval, repeated)
     cost = refreshes * sum(counts) / (steps * host.samples_per_step) if steps > 0 else 0.0
@@ -100,11 +102,14 @@ def introduce(
         f"basis {maker.num_bytes / 2**20:,.1f} MiB on {maker.device}{each}; "
         f"expected cost {cost:.2f} reference samples per training sample."
     )
+    given = f"the run has {steps} steps, `ogpsa_update_interval` is {settings.update_interval}"
     # With scope `inputs` one refresh is a setting of its own.
     if settings.scope != "inputs" and refreshes == 1 and steps > 1:
+        logger.warning(f"OGPSA refreshes its basis once: {given}. A smaller one follows the model as it changes.")
+    if settings.scope == "inputs" and from_zero and refreshes > 1:
         logger.warning(
-            f"OGPSA refreshes its basis once: the run has {steps} steps, `ogpsa_update_interval` is "
-            f"{settings.update_interval}. A smaller one follows the model as it changes."
+            f"OGPSA refreshes its basis {refreshes} times: {given}. LoRA's B is then not protected against inputs that "
+            "the first refresh has not seen. With an interval above the run's steps there is one refresh."
         )
 
 

@@ -100,9 +100,9 @@ class OgpsaRun:
             self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
         searching = self.settings.scope != "inputs"  # inputs are there from the start, some gradients are not
         self.schedule = Schedule(self.settings.update_interval, searching)
-        repeated = searching and self._starts_at_zero()
+        from_zero = self._starts_at_zero()
         if host.main:
-            introduce(logger, self.settings, self.sets, host, self._maker, repeated)
+            introduce(logger, self.settings, self.sets, host, self._maker, from_zero)
         if checkpoint is not None:
             self._resume(step, checkpoint)
         if host.main:
