@@ -25,7 +25,7 @@ from .results import FIGURES
 
 
 # The lab's files that decide a result; the others choose what is run and lay it out.
-DECISIVE = ("train.py", "generate.py", "score.py", "tiny/score.py", "real/lab.py", "real/ifeval.py")
+DECISIVE = ("train.py", "base_model.py", "generate.py", "score.py", "tiny/score.py", "real/lab.py", "real/ifeval.py")
 # What a run leaves beside its scores where nothing was trained.
 NOTHING_TRAINED = {"seconds": 0.0, "memory": 0, "train_samples": 0, "reference_samples": 0, "curve": []}
 

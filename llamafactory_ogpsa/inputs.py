@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from .checks import check_references, order_gradients
+from .checks import order_gradients
 from .engines.processes import ALONE, Processes
 from .geometry import leading_directions, ratio
 from .kernels.policy import clipping_factor
@@ -34,6 +34,9 @@ METHODS = ("orthogonal", "monitor")
 # Directions of a matrix where no rank is given, and the most that may be asked for.
 DEFAULT_RANK = 96
 MOST_DIRECTIONS = 4096
+
+# Elements of an embedding's gradient that are copied at a time.
+_CHUNK = 1 << 24
 
 
 def most_directions(width: int, rank: int) -> int:
@@ -97,10 +100,10 @@ class InputSubspace:
     @classmethod
     @torch.no_grad()
     def from_gradients(cls, gradients: Sequence[dict[str, torch.Tensor]], rank: int | None = None) -> "InputSubspace":
-        """Take the inputs' directions from reference gradients; see `Subspace.from_gradients`."""
+        """Take the inputs' directions from reference gradients, which `Subspace.from_gradients` has checked."""
         rank = DEFAULT_RANK if rank is None else rank
         names, protected, sizes = [], [], []
-        for name in check_references(gradients):
+        for name in gradients[0]:
             present = [gradient[name] for gradient in gradients if gradient[name] is not None]
             if not present:
                 continue
@@ -249,9 +252,9 @@ class InputSubspace:
             if item.basis is None:
                 sums[index, 0] = squared_norm(gradient)
                 if item.tokens is not None:
-                    # Not by indexing, for whose result's size the host would wait.
-                    unseen = ~self._token_mask(index).view_as(gradient)
-                    sums[index, 1] = squared_norm(gradient.masked_fill(unseen, 0.0))
+                    # Not by indexing, for whose result's size the host would wait; in chunks, because each is copied.
+                    chunks = zip(gradient.view(-1).split(_CHUNK), self._token_mask(index).split(_CHUNK), strict=True)
+                    sums[index, 1] = sum(squared_norm(chunk.masked_fill(~seen, 0.0)) for chunk, seen in chunks)
                 elif item.frozen:
                     sums[index, 1] = sums[index, 0]
                 continue

@@ -100,7 +100,7 @@ class Subspace:
                 reference gradients that is not 1 to 32.
             TypeError: something else than a sequence of dicts of dense tensors of a real floating dtype, a rank that
                 is no integer.
-            FloatingPointError: a reference gradient is not finite; names it.
+            FloatingPointError: a reference gradient is not finite (names it), or not in float32.
         """
         names = check_references(gradients)
         if scope not in SCOPES:

@@ -41,7 +41,8 @@ def score_checkpoint(folder, data_dir=DATA_DIR):
         data_dir: Folder of the held-out sets.
 
     Returns:
-        Dictionary with `general`, `refusal`, `over_refusal`, `tasks` (exact match by task), `refusal_kinds` and `over_refusal_kinds` (by kind of prompt) and a few `examples`.
+        Dictionary with `general`, `refusal`, `over_refusal`, `tasks` (exact match by task), `refusal_kinds` and
+        `over_refusal_kinds` (by kind of prompt), and a few `examples`.
     """
     model, tokenizer = load_checkpoint(folder)
     data_dir = Path(data_dir)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from packaging.version import Version
 
+from ..kernels.rows import squared_norm
 from .engine import Weight, trainable_parameters
 from .processes import Processes
 
@@ -238,14 +239,13 @@ class ZeroEngine(ABC):
             for param, piece in zip(self.parameters, self._offloaded(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key not in norms and piece is not None:
-                    norms[key] = torch.linalg.vector_norm(piece.zero_(), dtype=torch.float64)
+                    norms[key] = squared_norm(piece.zero_()).sqrt()
 
     def projected(self) -> None:
-        # With offload the norms were taken when the gradients were copied, before the projection; in float64, because
-        # torch's float32 norm of a large piece in host memory is wrong (https://github.com/pytorch/pytorch/issues/68326).
+        # With offload the norms were taken when the gradients were copied, before the projection.
         if self._offload:
             norms = self._zero.norm_for_param_grads
             for param, gradient in zip(self.parameters, self.gradients(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key in norms and gradient is not None:
-                    norms[key] = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+                    norms[key] = squared_norm(gradient).sqrt()

@@ -58,13 +58,13 @@ def patch(module: ModuleType) -> None:
     @functools.wraps(get_args)
     def ogpsa_get_args(args=None):
         words = sys.argv[1:] if args is None else args
-        options, rest = split_options(words)
-        asking = [name for name, value in options.items() if value is not None] + ogpsa_options(rest)
+        asking = ogpsa_options(read_all(words))
         if not asking:
             return get_args(args)
 
         stage = RUNNING.get()
         check_asking(asking, stage)
+        options, rest = split_options(words)
         settings = make_settings(options, stage.name)
         parsed = get_args(rest)
         refuse_arguments(parsed[0], parsed[2])
@@ -77,6 +77,16 @@ def patch(module: ModuleType) -> None:
 def is_file(words: Any) -> bool:
     """Return whether a command line names a file of options, as v1's parser sees it."""
     return not isinstance(words, dict) and bool(words) and words[0].endswith((".yaml", ".yml", ".json"))
+
+
+def read_all(words: dict[str, Any] | list[str]) -> dict[str, Any]:
+    """Read the options from a dict, or from a command line and the file that it may name."""
+    if not is_file(words):
+        return dict(given_options(words))
+
+    from omegaconf import OmegaConf
+
+    return {**OmegaConf.to_container(OmegaConf.load(words[0])), **dict(given_options(words[1:]))}
 
 
 def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], dict[str, Any] | list[str]]:

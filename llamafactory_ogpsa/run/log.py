@@ -82,7 +82,8 @@ def introduce(
 ) -> None:
     """Log the settings and the expected cost in one line; warn of too few or too many refreshes.
 
-    `from_zero`: LoRA's `B` is zero, so that the gradient of `A` is zero too and its basis comes from a second refresh.
+    `from_zero`: LoRA's `B` is zero. Then the gradient of `A` is zero too, so that its reference gradients come from a
+    second refresh.
     """
     engine, steps = host.engine, host.max_steps
     repeated = from_zero and settings.scope != "inputs"
@@ -106,7 +107,7 @@ def introduce(
     # With scope `inputs` one refresh is a setting of its own.
     if settings.scope != "inputs" and refreshes == 1 and steps > 1:
         logger.warning(f"OGPSA refreshes its basis once: {given}. A smaller one follows the model as it changes.")
-    if settings.scope == "inputs" and from_zero and refreshes > 1:
+    if settings.scope == "inputs" and settings.method != "monitor" and from_zero and refreshes > 1:
         logger.warning(
             f"OGPSA refreshes its basis {refreshes} times: {given}. LoRA's B is then not protected against inputs that "
             "the first refresh has not seen. With an interval above the run's steps there is one refresh."
@@ -179,8 +180,8 @@ class StepLog:
         if not self._warned_no_update:
             self._warned_no_update = True
             self._warn(
-                f"OGPSA does not log what the optimizer's step does (`update_*`): the state of {optimizer} does not say "
-                "what its step was, and so many weights are trained that they are not copied."
+                f"OGPSA does not log what the optimizer's step does (`update_*`): the step cannot be computed from the "
+                f"state of {optimizer}, and so many weights are trained that they are not copied."
             )
 
     def _warn(self, message: str) -> None:

@@ -20,8 +20,9 @@ class InputBasis:
 
     LoRA's output is `B A x`. Where `B` is zero, as at the start, `A ← A − (A Vᵀ) V` changes nothing that the model does
     and keeps reference inputs out of the adapter from then on: `A`'s gradient is projected, so that `A x` stays zero for
-    them, and `B` may be anything; after a further refresh this holds for inputs in the spans of all. Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it
-    is, and `B`, whose inputs `A x` have as many dimensions as the adapter's rank, is protected by half of them.
+    them, and `B` may be anything. After a further refresh this holds for inputs in the spans of all refreshes alone.
+    Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it is, and `B`, whose inputs `A x`
+    have as many dimensions as the adapter's rank, is protected by half of them.
 
     Attributes:
         rank: most directions of a matrix.

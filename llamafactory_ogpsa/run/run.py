@@ -213,7 +213,7 @@ class OgpsaRun:
         if measure:
             self._read_changes = make_change_reader(engine, optimizer)
             if self._read_changes is None:
-                self._step_log.warn_no_update(type(optimizer).__name__)
+                self._step_log.warn_no_update(f"{type(optimizer).__module__}.{type(optimizer).__name__}")
         return stats
 
     def after_step(self, moved: bool) -> None:

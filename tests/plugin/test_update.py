@@ -94,7 +94,7 @@ def test_an_optimizer_whose_step_cannot_be_had_is_named_once(base_args, monkeypa
     steps, _ = read_rows(base_args["output_dir"])
     assert len(steps) == 3
     assert not any("update_cosine" in row for row in steps)
-    assert len([message for message in said() if "the state of SGD does not say" in message]) == 1
+    assert len([message for message in said() if "from the state of torch.optim.sgd.SGD" in message]) == 1
 
 
 def test_an_adamw_with_another_state_is_not_read_as_torchs(monkeypatch):

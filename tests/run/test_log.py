@@ -9,13 +9,14 @@ from llamafactory_ogpsa.options import OPTIONS, Settings, resolve
 from llamafactory_ogpsa.run.log import introduce
 
 
-def start(caplog, interval, scope, from_zero=False):
+def start(caplog, interval, scope, from_zero=False, method="orthogonal"):
     """Return what is logged at the start of a run of 10 steps of 4 samples, with one set of 8."""
     given = {
         **dict.fromkeys(OPTIONS),
         "ogpsa_dataset": "helpful",
         "ogpsa_update_interval": interval,
         "ogpsa_scope": scope,
+        "ogpsa_method": method,
     }
     arguments = SimpleNamespace(**given, stage="sft", plot_loss=False)
     resolve(arguments)
@@ -54,3 +55,5 @@ def test_one_refresh_of_a_basis_that_follows_the_model_is_warned_of(caplog):
 def test_a_second_refresh_that_leaves_loras_b_unprotected_is_warned_of(caplog):
     assert "OGPSA refreshes its basis 2 times: the run has 10 steps" in start(caplog, 5, "inputs", from_zero=True)
     assert "LoRA's B is then not protected" in caplog.text
+    caplog.clear()
+    assert "LoRA's B" not in start(caplog, 5, "inputs", from_zero=True, method="monitor")
