@@ -128,7 +128,7 @@ def write(plan, lab_dir, output):
     seeds = ", ".join(map(str, plan.spec["seeds"]))
     parts = [
         "# The alignment-tax lab on a real model: results\n",
-        f"Written by `python -m lab --real --plan {shown(plan.path)}` ([how](lab.md)). Model: {plan.spec['model']['source']}. "
+        f"Written by `python -m lab --real --plan {shown(plan.path)}` with the `--data` and `--raw` of its runs ([how](lab.md)). Model: {plan.spec['model']['source']}. "
         f"Means over seeds ({seeds}: the order of the data), with the least and the greatest in brackets. Held-out "
         "prompts, answered greedily; a refusal is one by published phrases in the first sentence. Losses are nats per "
         "answer token. IFEval is the share of its prompts all of whose instructions the answer follows, strictly, with at "
