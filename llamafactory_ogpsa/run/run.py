@@ -99,7 +99,7 @@ class OgpsaRun:
         else:
             self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
         searching = self.settings.scope != "inputs"  # inputs are there from the start, some gradients are not
-        self.schedule = Schedule(self.settings.update_interval, searching)
+        self.schedule = Schedule(self.settings.update_interval, searching=searching)
         from_zero = self._starts_at_zero()
         if host.main:
             introduce(logger, self.settings, self.sets, host, self._maker, from_zero)
