@@ -78,7 +78,7 @@ def two_products(gradients: list[torch.Tensor], bases: list[torch.Tensor | None]
 
 
 def build(
-    name: str, gradients: list[torch.Tensor], bases: list[torch.Tensor | None], rows: list[torch.Tensor]
+    name: str, gradients: list[torch.Tensor], bases: list[torch.Tensor | None], references: list[torch.Tensor]
 ) -> Step:
     """Build an implementation's step, which changes the gradients.
 
@@ -86,7 +86,7 @@ def build(
         name: one of `IMPLEMENTATIONS`.
         gradients: the gradients.
         bases: of scope `inputs`, from `random_bases`.
-        rows: of the other scopes, `[RANK, numel]` of each gradient.
+        references: of the other scopes, `[RANK, numel]` of each gradient.
 
     Raises:
         ValueError: a kernel that cannot run here.
@@ -97,7 +97,8 @@ def build(
         return two_products(gradients, bases)
     scope, _, kernel = name.rstrip(")").partition(" (")
     if scope != "inputs":
-        return ours([g.view(-1) for g in gradients], rows, kernel, [0] * len(rows) if scope == "global" else None)
+        groups = [0] * len(gradients) if scope == "global" else None
+        return ours([g.view(-1) for g in gradients], references, kernel, groups)
     shapes = [tuple(g.shape) for g in gradients]
     project = subspace_of(shapes, bases, gradients[0].device).projection(kernel=kernel)
     return lambda: project(gradients, max_norm=MAX_NORM)
@@ -169,9 +170,9 @@ def compare(
 
     gradients = [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
     bases = random_bases(shapes, rank, device)
-    flat = [torch.randn(RANK, numel, dtype=dtype, device=device).div_(numel**0.5) for numel in numels]
+    references = [torch.randn(RANK, numel, dtype=dtype, device=device).div_(numel**0.5) for numel in numels]
     rows = [dict(row, implementation=name, skipped=None) for name in implementations]
-    steps, peaks = build_steps(rows, lambda name: build(name, gradients, bases, flat), device)
+    steps, peaks = build_steps(rows, lambda name: build(name, gradients, bases, references), device)
     times = measure(steps, device, repeats, statistics.median, LONGEST)
     first = next((times[name].seconds for name in implementations if name in times), None)
     for result in rows:

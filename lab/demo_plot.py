@@ -2,9 +2,9 @@
 
 import json
 
-from llamafactory_ogpsa.files import replacing
 from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
+from .launch import save_picture
 from .score import TITLES
 
 
@@ -70,6 +70,4 @@ def draw(scores, folders, path):
     right.set_title("Removed from the safety gradient", loc="left", size=11, weight="bold", pad=28)
     for axes in (middle, right):
         axes.legend(frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    save_picture(figure, path, dpi=150)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from llamafactory_ogpsa.files import replacing
+from .launch import save_picture
 
 
 AXES = {"general": "general ability ↑", "refusal": "refuses harmful ↑", "over_refusal": "refuses benign ↓"}
@@ -25,14 +25,6 @@ def styles(methods):
         method: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         for i, method in enumerate(methods)
     }
-
-
-def save(figure, path):
-    """Save a picture so that it is never seen half written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    plt.close(figure)
 
 
 def draw_range(axes, table, x, y, style, label=None, **kwargs):
@@ -64,7 +56,7 @@ def comparison(results, methods, path):
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 0.0))
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    save(figure, path)
+    save_picture(figure, path, dpi=110)
 
 
 def curves(results, methods, path):
@@ -86,7 +78,7 @@ def curves(results, methods, path):
                 axes.set(ylabel=AXES[y], xlabel="step", title=pipeline)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.14 if len(pipelines) == 1 else 0.09, 1, 1))
-    save(figure, path)
+    save_picture(figure, path, dpi=110)
 
 
 def study(table, axis, methods, path, labels=None):
@@ -121,7 +113,7 @@ def study(table, axis, methods, path, labels=None):
     if several:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.07 if several else 0, 1, 1))
-    save(figure, path)
+    save_picture(figure, path, dpi=110)
 
 
 def cosines(results, rows, path):
@@ -147,7 +139,7 @@ def cosines(results, rows, path):
     panels[0, 0].set_ylabel("cosine with the reference gradient")
     figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.09, 1, 1))
-    save(figure, path)
+    save_picture(figure, path, dpi=110)
 
 
 def frontier(results, table, methods, path):
@@ -186,7 +178,7 @@ def frontier(results, table, methods, path):
         column[-1].xaxis.set_minor_formatter(NullFormatter())
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    save(figure, path)
+    save_picture(figure, path, dpi=110)
 
 
 def real_comparison(table, methods, path):
@@ -213,4 +205,4 @@ def real_comparison(table, methods, path):
             axes.set_yticks(range(len(methods)), methods)
     panels[0, 0].invert_yaxis()
     figure.tight_layout()
-    save(figure, path)
+    save_picture(figure, path, dpi=110)

@@ -40,6 +40,16 @@ def write_whole(path, text):
         Path(temporary).write_text(text, encoding="utf-8")
 
 
+def save_picture(figure, path, dpi):
+    """Write a figure of matplotlib's as PNG, so that it is never seen half written, and close it."""
+    import matplotlib.pyplot as plt  # here, because pictures choose the backend before they import it
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+    plt.close(figure)
+
+
 def train(title, config, log_path, environment, overrides=()):
     """Run `llamafactory-cli train` on a YAML, its progress in one line, its output in a log.
 

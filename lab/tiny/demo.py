@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from llamafactory_ogpsa.files import replacing
 from llamafactory_ogpsa.run.log import LOG_NAME, read_log
 
 from .. import ROOT
-from ..launch import console, train, write_whole
+from ..launch import console, save_picture, train, write_whole
 from ..score import loss_per_token
 from . import data, model
 from .score import score_checkpoint, score_tables
@@ -146,9 +145,7 @@ def draw(results, path):
     right.yaxis.set_minor_formatter(NullFormatter())
     right.set_title("Reference losses, OGPSA SFT", loc="left", size=11, weight="bold", pad=28)
     right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.0, 0.62))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
-    plt.close(figure)
+    save_picture(figure, path, dpi=150)
 
 
 def main():

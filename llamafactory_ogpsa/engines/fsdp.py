@@ -33,13 +33,12 @@ class FullyShardedEngine(ParameterGradients):
         """
         trainable = trainable_parameters(model)
         super().__init__(trainable, scaler)
-        groups = {name: _shard_group(param) for name, param in trainable}
-        group = groups[self.names[0]]
-        for name in self.names:
-            # Not the groups themselves: `fully_shard` may make a new one for every module, of the same processes.
-            if groups[name] is None or dist.get_process_group_ranks(groups[name]) != dist.get_process_group_ranks(
-                group
-            ):
+        groups = [_shard_group(param) for param in self.parameters]
+        group = groups[0]
+        # Not the groups themselves: `fully_shard` may make a new one for every module, of the same processes.
+        processes = [None if own is None else dist.get_process_group_ranks(own) for own in groups]
+        for name, own in zip(self.names, processes, strict=True):
+            if own is None or own != processes[0]:
                 raise ValueError(
                     f"OGPSA cannot train {name} under FSDP: it is not sharded over one mesh dimension as the other "
                     "trainable parameters are; allowed: `fully_shard` (FSDP2) on every trainable parameter."

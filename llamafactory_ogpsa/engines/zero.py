@@ -80,10 +80,8 @@ def _check(engine: Any) -> None:
     import deepspeed
 
     zero = engine.optimizer
-    kind, offloads = (
-        type(zero).__name__,
-        getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False),
-    )
+    kind = type(zero).__name__
+    offloads = getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
     expected = f"{_EXPECTED[kind]} {_EXPECTED_OFFLOADING[kind] if offloads else ''}".split()
     problems = [f"{kind} has no {name}" for name in expected if not hasattr(zero, name)]
     problems += [f"its engine has no {name}" for name in _EXPECTED_OF_ENGINE if not hasattr(engine, name)]
@@ -239,7 +237,8 @@ class ZeroEngine(ABC):
             for param, piece in zip(self.parameters, self._offloaded(), strict=True):
                 key = self._zero.get_param_id(param)
                 if key not in norms and piece is not None:
-                    norms[key] = squared_norm(piece.zero_()).sqrt()
+                    piece.zero_()
+                    norms[key] = torch.zeros((), dtype=torch.float64)
 
     def projected(self) -> None:
         # With offload the norms were taken when the gradients were copied, before the projection.

@@ -1,6 +1,6 @@
 """When a run computes a new basis."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Schedule:
     """
 
     interval: int
+    _: KW_ONLY
     refreshed_at: int | None = None
     moved: bool = False
     searching: bool = True

@@ -73,7 +73,8 @@ def test_a_resumed_schedule_goes_on_as_the_first_would_have():
     for stop in range(1, 7):
         schedule = Schedule(30)
         first = simulate(30, moves[:stop], lora, schedule=schedule)
-        resumed = Schedule(30, schedule.refreshed_at, schedule.moved, schedule.searching, schedule.covered)
+        kept = {name: getattr(schedule, name) for name in ("refreshed_at", "moved", "searching", "covered")}
+        resumed = Schedule(30, **kept)
         ever = any(moves[:stop])
         second = simulate(30, moves[stop:], lambda _, more, ever=ever: 4 if ever or more else 2, 4, resumed, stop)
         assert first + second == [0, 3]
