@@ -15,6 +15,7 @@ reference input, so its gradient is removed whole. Other tensors without a basis
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -79,14 +80,7 @@ class InputSubspace:
         self.sizes = list(sizes)
         self.device = device
         self.processes = processes
-        widths = [None if item.basis is None else item.basis.shape[1] for item in self.protected]
         self._offsets = list(offsets) if offsets is not None else [0] * len(self.names)
-        cuts = find_cuts(widths, self._offsets, self.sizes, processes) if processes.sharded else {}
-        self._segments = [
-            [] if width is None else split_piece(index, width, offset, size, cuts)
-            for index, (width, offset, size) in enumerate(zip(widths, self._offsets, self.sizes, strict=True))
-        ]
-        self._cut_tensors = torch.tensor([index for index, _ in sorted(cuts, key=cuts.get)], dtype=torch.int64)
         self._kernels: dict[str, RowsKernel] = {}
 
     def __getstate__(self) -> dict:
@@ -232,18 +226,34 @@ class InputSubspace:
         ordered = order_gradients(gradients, self.names, self.sizes)
         return self.projection(method, kernel)(ordered, measure=True)
 
+    @cached_property
+    def _layout(self) -> tuple[list[list[Segment]], torch.Tensor]:
+        """Where the rows of every tensor lie, and the index of the tensor of each row that is cut.
+
+        Processes with pieces of gradients agree on it at the first projection, and not before: a basis is read from a
+        checkpoint where one of them may have failed.
+        """
+        widths = [None if item.basis is None else item.basis.shape[1] for item in self.protected]
+        cuts = find_cuts(widths, self._offsets, self.sizes, self.processes) if self.processes.sharded else {}
+        segments = [
+            [] if width is None else split_piece(index, width, offset, size, cuts)
+            for index, (width, offset, size) in enumerate(zip(widths, self._offsets, self.sizes, strict=True))
+        ]
+        return segments, torch.tensor([index for index, _ in sorted(cuts, key=cuts.get)], dtype=torch.int64)
+
     def _parts(self, index: int, tensor: torch.Tensor) -> Iterable[tuple[Segment | None, torch.Tensor]]:
         """Return the matrices `[rows, columns]` that a tensor (this process's piece of it) consists of."""
         item = self.protected[index]
         if item.transposed:
             return [(None, tensor.view(item.basis.shape[1], -1).T)]
         flat = tensor.view(-1)
-        return [(part, flat[part.start : part.stop].view(part.rows, -1)) for part in self._segments[index]]
+        return [(part, flat[part.start : part.stop].view(part.rows, -1)) for part in self._layout[0][index]]
 
     def _measure(self, rows: RowsKernel, tensors: Iterable[tuple[int, torch.Tensor | None]], keep: bool = True):
         """Return the coefficients of each part of each tensor (none unless kept), and the sums of `InputStats`."""
+        segments, cut_tensors = self._layout
         sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.device)
-        cuts = torch.zeros(len(self._cut_tensors), self.rank, dtype=torch.float32, device=self.device)
+        cuts = torch.zeros(len(cut_tensors), self.rank, dtype=torch.float32, device=self.device)
         coefficients: list[list[torch.Tensor]] = [[] for _ in self.names]
         for index, gradient in tensors:
             if gradient is None or gradient.numel() == 0:
@@ -273,12 +283,12 @@ class InputSubspace:
         if self.processes.sharded:
             total = self.processes.sum_pieces(torch.cat([sums.flatten(), cuts.double().flatten()]))
             sums, cuts = total[: sums.numel()].view_as(sums), total[sums.numel() :].view_as(cuts).float()
-            for index, parts in enumerate(self._segments):
+            for index, parts in enumerate(segments):
                 for place, segment in enumerate(parts if coefficients[index] else ()):
                     if segment.cut is not None:
                         k = self.protected[index].basis.shape[0]
                         coefficients[index][place] = cuts[segment.cut : segment.cut + 1, :k]
-            sums[:, 1].index_add_(0, self._cut_tensors.to(self.device), cuts.double().square().sum(1))
+            sums[:, 1].index_add_(0, cut_tensors.to(self.device), cuts.double().square().sum(1))
         return coefficients, sums
 
     def _token_mask(self, index: int) -> torch.Tensor:

@@ -116,6 +116,21 @@ def test_a_square_transposed_matrix_is_restored_as_one():
     assert [item.transposed for item in restored.protected] == [item.transposed for item in subspace.protected]
 
 
+def test_a_basis_is_read_without_waiting_for_other_processes():
+    """One of them may have failed to read its copy."""
+
+    class Absent(Processes):
+        def union(self, items):
+            raise AssertionError("waits for processes that may not come")
+
+    model = torch.nn.Linear(8, 8)
+    tensors = compute(model, torch.randn(2, 8))[0].tensors()
+    engine = ReplicatedEngine(model)
+    engine.processes = Absent(shard_group=object())
+    restored = InputBasis(SETTINGS, engine, model).restore(tensors.get, set(tensors))
+    assert restored.rank == 2
+
+
 def test_a_transposed_matrix_that_processes_share_is_refused():
     from transformers.pytorch_utils import Conv1D
 
