@@ -22,8 +22,9 @@ import torch
 from .checks import order_gradients
 from .engines.processes import ALONE, Processes
 from .geometry import leading_directions, ratio
+from .kernels.factory import make_rows_kernel
 from .kernels.policy import clipping_factor
-from .kernels.rows import RowsKernel, TorchRows, make_rows_kernel, squared_norm
+from .kernels.rows import RowsKernel, TorchRows, squared_norm
 from .pieces import Segment, find_cuts, split_piece
 from .projection import RESIDUAL_FLOOR
 from .protected import InputStats, Protected

@@ -1,4 +1,4 @@
-"""The choice between Triton and torch, and the plan of a basis."""
+"""The choice between Triton and torch."""
 
 import functools
 import importlib.util
@@ -9,6 +9,7 @@ import torch
 
 from .basis import ResidentBasis, StreamedBasis
 from .plan import Plan
+from .rows import RowsKernel, TorchRows
 from .torch_plan import TorchPlan
 
 
@@ -53,6 +54,20 @@ def make_plan(
         return TritonPlan(source, numels, num_groups, basis[0].shape[0])
 
     return TorchPlan(source, numels, num_groups, basis[0].shape[0])
+
+
+def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
+    """Choose the implementation for gradients on a device, as :func:`make_plan` does.
+
+    Raises:
+        ValueError: an unknown kernel, or ``triton`` where it cannot run.
+    """
+    if use_triton(kernel, device):
+        from .triton_rows import TritonRows
+
+        return TritonRows()
+
+    return TorchRows()
 
 
 def _check(basis: Sequence[torch.Tensor], groups: Sequence[int], num_groups: int) -> None:

@@ -9,8 +9,6 @@ from typing import Protocol
 
 import torch
 
-from .factory import use_triton
-
 
 # Numbers of a vector whose squares are summed in float32.
 _LONGEST_ROW = 1024
@@ -92,17 +90,3 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
         parts = [flat[:whole].view(-1, _LONGEST_ROW), flat[None, whole:]]
     norms = [torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts]
     return torch.cat(norms).double().square().sum()
-
-
-def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
-    """Choose the implementation for gradients on a device, as :func:`make_plan` does.
-
-    Raises:
-        ValueError: an unknown kernel, or ``triton`` where it cannot run.
-    """
-    if use_triton(kernel, device):
-        from .triton_rows import TritonRows
-
-        return TritonRows()
-
-    return TorchRows()

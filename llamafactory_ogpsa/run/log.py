@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,13 +13,10 @@ from ..options import Settings
 from ..projection import ProjectionStats
 from ..reference import ReferenceSet, take_in_turn
 from .coverage import name_kinds
+from .host import Host
+from .refresh import GradientBasis
+from .refresh_inputs import InputBasis
 from .schedule import count_refreshes
-
-
-if TYPE_CHECKING:
-    from .refresh import GradientBasis
-    from .refresh_inputs import InputBasis
-    from .run import Host
 
 
 LOG_NAME = "ogpsa_log.jsonl"
@@ -76,8 +73,8 @@ def introduce(
     logger: logging.Logger,
     settings: Settings,
     sets: Sequence[ReferenceSet],
-    host: "Host",
-    maker: "GradientBasis | InputBasis",
+    host: Host,
+    maker: GradientBasis | InputBasis,
     from_zero: bool,
 ) -> None:
     """Log the settings and the expected cost in one line; warn of too few or too many refreshes.

@@ -5,13 +5,11 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..engines import Engine
 from ..inputs import InputStats, InputSubspace
 from ..noise import check_repeatable, preserve_random_state, without_noise
 from ..options import Settings
@@ -20,6 +18,7 @@ from ..reference import ReferencePasses, ReferenceSet, take_in_turn
 from ..subspace import Subspace
 from .checkpoint import RunState, fail_together, load_state, remove_state, save_state
 from .coverage import Coverage, find_coverage, measure_uncovered
+from .host import Host
 from .log import LOG_NAME, PLOT_NAME, StepLog, append_row, begin_log, introduce
 from .plot import plot_log
 from .refresh import GradientBasis
@@ -30,29 +29,6 @@ from .update import make_change_reader, update_figures
 
 # LLaMA-Factory's own logger shows everything below its name, in the terminal and in the web UI.
 logger = logging.getLogger("llamafactory.ogpsa")
-
-
-@dataclass(frozen=True)
-class Host:
-    """What a run knows of the trainer.
-
-    Attributes:
-        engine: where the gradients are.
-        model: the bare model.
-        output_dir: where the log goes.
-        max_steps: the optimizer steps of the run.
-        samples_per_step: the training samples of an optimizer step, over all processes.
-        main: whether this process logs and writes.
-        show_progress: whether this process shows progress bars.
-    """
-
-    engine: Engine
-    model: torch.nn.Module
-    output_dir: str
-    max_steps: int
-    samples_per_step: int
-    main: bool
-    show_progress: bool
 
 
 class OgpsaRun:

@@ -18,7 +18,8 @@ from kernel_cases import (
     orthonormal,
 )
 
-from llamafactory_ogpsa.kernels.rows import TorchRows, make_rows_kernel
+from llamafactory_ogpsa.kernels.factory import make_rows_kernel
+from llamafactory_ogpsa.kernels.rows import TorchRows
 
 
 class RowsCase:
