@@ -280,6 +280,10 @@ def test_the_first_prompts_of_ifeval_are_taken_where_the_file_is_there(tmp_path)
     entry = write_raw(tmp_path, "raw.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in PROMPTS)) | {"count": 1}
     assert ifeval.read_prompts(entry, tmp_path) == json.dumps(PROMPTS[0]) + "\n"
     assert ifeval.read_prompts(entry | {"file": "nowhere.jsonl"}, tmp_path) is None
+    punkt = PROMPTS[0] | {"instruction_id_list": ["length_constraints:number_sentences"], "kwargs": [{}]}
+    entry = write_raw(tmp_path, "raw.jsonl", "".join(json.dumps(prompt) + "\n" for prompt in (punkt, *PROMPTS)))
+    entry |= {"count": 1}
+    assert ifeval.read_prompts(entry, tmp_path) == json.dumps(PROMPTS[0]) + "\n"
     with pytest.raises(ValueError, match="asks for 3 prompts; .* has 2"):
         ifeval.read_prompts(entry | {"count": 3}, tmp_path)
     with pytest.raises(ValueError, match="needed are file and count"):

@@ -14,7 +14,7 @@ FILE = "ifeval.jsonl"  # in the data folder of a lab that measures it
 TASK = "lab_ifeval"
 MAX_NEW_TOKENS = 256  # the harness's own 1280 would take hours a model on a CPU
 PACKAGES = ("lm_eval", "langdetect", "immutabledict", "nltk")
-# These count sentences or words by NLTK's tokeniser, which needs a file that it downloads.
+# These count sentences or words by NLTK's tokeniser, which needs a file that it downloads: their prompts are left out.
 NEED_PUNKT = {
     "length_constraints:number_sentences",
     "change_case:capital_word_frequency",
@@ -25,7 +25,8 @@ def read_prompts(entry, folder):
     """Read the prompts that a plan asks for.
 
     Args:
-        entry: `file`, IFEval's published `input_data.jsonl`, and `count`, how many of its prompts, the first ones.
+        entry: `file`, IFEval's published `input_data.jsonl`, and `count`, how many of its prompts, the first ones that
+            need no download.
         folder: Folder that the file's path starts from.
 
     Returns:
@@ -39,14 +40,18 @@ def read_prompts(entry, folder):
     path = Path(folder) / entry["file"]
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if NEED_PUNKT.isdisjoint(json.loads(line)["instruction_id_list"])
+    ]
     if not 0 < entry["count"] <= len(lines):
-        raise ValueError(f"ifeval asks for {entry['count']} prompts; {path} has {len(lines)}.")
+        raise ValueError(f"ifeval asks for {entry['count']} prompts; {path} has {len(lines)} that need no download.")
     return "\n".join(lines[: entry["count"]]) + "\n"
 
 
 def find_missing(path):
-    """Say what is missing for the prompts of a file to be scored here.
+    """Say what is missing here for the prompts of a file to be scored.
 
     Args:
         path: The prompts.
@@ -59,18 +64,6 @@ def find_missing(path):
     for name in PACKAGES:
         if importlib.util.find_spec(name) is None:
             return f"the package {name} (pip install 'lm_eval[hf,ifeval]')"
-    used = {
-        name
-        for line in path.read_text(encoding="utf-8").splitlines()
-        for name in json.loads(line)["instruction_id_list"]
-    }
-    if used & NEED_PUNKT:
-        import nltk
-
-        try:
-            nltk.data.find("tokenizers/punkt_tab")
-        except LookupError:
-            return "NLTK's punkt_tab (python -m nltk.downloader punkt_tab)"
     return None
 
 
