@@ -16,6 +16,8 @@ from lab.runs import find_waiting, remove_models
 from lab.tiny import model as tiny_model
 
 
+METHODS = real.PLAN.with_name("methods.yaml")
+PARTS = sorted(path for path in METHODS.parent.glob("*.yaml") if path != METHODS)
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
@@ -125,8 +127,8 @@ def test_raw_files_need_their_folder():
 
 
 def test_a_part_has_the_data_of_the_whole(tmp_path):
-    (tmp_path / "lab.yaml").write_text(real.PLAN.read_text())
-    (tmp_path / "part.yaml").write_text(yaml.safe_dump({"of": "lab.yaml", "methods": ["naive tuning"]}))
+    (tmp_path / "whole.yaml").write_text(METHODS.read_text())
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump({"of": "whole.yaml", "methods": ["naive tuning"]}))
     assert real.read(tmp_path / "part.yaml", "own", None) == real.read(real.PLAN, "own", None)
 
 
@@ -137,7 +139,7 @@ def test_an_unknown_choice_of_data_is_named():
 
 def test_held_out_records_of_published_sets_are_not_trained_on():
     """By their place in the file: an entry of training and a held-out one of the same file take different records."""
-    sets = yaml.safe_load(real.PLAN.read_text())["data"]["published"]["sets"]
+    sets = yaml.safe_load(METHODS.read_text())["data"]["published"]["sets"]
     parts = {
         name: (entry["file"], set(range(entry.get("skip", 0), entry.get("skip", 0) + entry["count"])))
         for name, entry in sets.items()
@@ -154,7 +156,12 @@ def test_held_out_records_of_published_sets_are_not_trained_on():
 
 @pytest.fixture(scope="module")
 def plan():
-    return Plan(real.PLAN, "a key")
+    return Plan(METHODS, "a key")
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.name)
+def test_a_part_has_runs_of_the_whole(path, plan):
+    assert Plan(path, "a key").runs.keys() < plan.runs.keys()
 
 
 def test_all_start_from_one_base_and_quick_is_a_part(plan):
@@ -219,7 +226,7 @@ def small(tmp_path_factory):
     """A lab of two steps on the small language's untrained model, from nothing to the report."""
     folder = tmp_path_factory.mktemp("real")
     tiny_model.main([str(folder / "model")])
-    spec = yaml.safe_load(real.PLAN.read_text())
+    spec = yaml.safe_load(METHODS.read_text())
     spec["model"]["source"] = str(folder / "model")
     entries = {
         "safety_sft": "safety_sft",
@@ -233,7 +240,6 @@ def small(tmp_path_factory):
     spec["common"] = {"template": "chatml", "cutoff_len": 64, "use_cpu": True, "save_strategy": "no"}
     spec["stages"]["sft"] |= {"max_steps": 2}
     spec |= {"pipelines": {"SFT": ["sft"]}, "seeds": [1]}
-    del spec["quick"]
     names = ["naive tuning", "merged with the base", "OSF", "conflict, scope global, few samples"]
     spec["methods"] = {name: spec["methods"][name] for name in names}
     (folder / "lab.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
