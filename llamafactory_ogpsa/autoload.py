@@ -107,10 +107,15 @@ def patch_imported(module) -> None:
         apply_patch(module)
 
 
+def is_hooked() -> bool:
+    """Return whether the import hook is installed in this process."""
+    return any(isinstance(finder, SeamFinder) for finder in sys.meta_path)
+
+
 def register() -> None:
     """Install the import hook, once. Called by `import torch`; never raises."""
     try:
-        if any(isinstance(finder, SeamFinder) for finder in sys.meta_path):
+        if is_hooked():
             return
 
         sys.meta_path.insert(0, SeamFinder())

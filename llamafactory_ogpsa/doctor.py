@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from . import TESTED_WITH
-from .autoload import SEAMS, SeamFinder, register
+from .autoload import SEAMS, is_hooked, register
 
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -133,11 +133,6 @@ def check_backends() -> Iterator[Finding]:
     if is_set("USE_V1"):
         text = f"USE_V1={os.environ['USE_V1']} chooses LLaMA-Factory's v1 trainer, where OGPSA is experimental"
         yield Finding(NOTE, "backend", f"{text}: see docs/v1.md")
-
-
-def is_hooked() -> bool:
-    """Return whether the import hook is installed in this process."""
-    return any(isinstance(finder, SeamFinder) for finder in sys.meta_path)
 
 
 def check_seams() -> Iterator[Finding]:

@@ -14,7 +14,7 @@ reference input, so its gradient is removed whole. Other tensors without a basis
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import torch
@@ -193,20 +193,20 @@ class InputSubspace:
             raise ValueError(f"`method` is {method!r}; allowed with scope inputs: {', '.join(METHODS)}")
         if kernel not in self._kernels:
             self._kernels[kernel] = make_rows_kernel(kernel, self.device)
-        rows = self._kernels[kernel]
+        chosen = self._kernels[kernel]
 
         @torch.no_grad()
         def project(gradients, max_norm: float | None = None, measure: bool = False) -> InputStats:
-            coefficients, sums = self._measure(rows, enumerate(gradients))
+            coefficients, sums = self._measure(chosen, enumerate(gradients))
             kept = sums[:, 0] - (0 if method == "monitor" else sums[:, 1])
             total = sums[:, 0].sum()
             norm = torch.where(total.isfinite(), kept.clamp(min=0).sum(), total).sqrt().float()
             scale = None if method == "monitor" else clipping_factor(norm, max_norm)
             if method != "monitor":
-                self._apply(rows, gradients, coefficients, norm.isfinite(), scale)
+                self._apply(chosen, gradients, coefficients, norm.isfinite(), scale)
             residual = None
             if measure:
-                _, left = self._measure(rows, enumerate(gradients), keep=False)
+                _, left = self._measure(chosen, enumerate(gradients), keep=False)
                 before = sums[:, 0].sqrt() * (1 if scale is None else scale)
                 floor = torch.maximum(left[:, 0].sqrt(), RESIDUAL_FLOOR * before)
                 # A frozen tensor is zero now, and so is its residual; `monitor` leaves it whole, with a residual of 1.
@@ -242,15 +242,22 @@ class InputSubspace:
         ]
         return segments, torch.tensor([index for index, _ in sorted(cuts, key=cuts.get)], dtype=torch.int64)
 
-    def _parts(self, index: int, tensor: torch.Tensor) -> Iterable[tuple[Segment | None, torch.Tensor]]:
-        """Return the matrices `[rows, columns]` that a tensor (this process's piece of it) consists of."""
+    def _parts(self, index: int, tensor: torch.Tensor) -> Iterator[tuple[int | None, torch.Tensor, torch.Tensor]]:
+        """Yield the matrices `[rows, columns]` that a tensor (this process's piece of it) consists of.
+
+        Each with its basis, and with the number of the row that it is a part of; None for whole rows.
+        """
         item = self.protected[index]
         if item.transposed:
-            return [(None, tensor.view(item.basis.shape[1], -1).T)]
+            yield None, tensor.view(item.basis.shape[1], -1).T, item.basis
+            return
         flat = tensor.view(-1)
-        return [(part, flat[part.start : part.stop].view(part.rows, -1)) for part in self._layout[0][index]]
+        for segment in self._layout[0][index]:
+            part = flat[segment.start : segment.stop].view(segment.rows, -1)
+            columns = slice(segment.column, segment.column + part.shape[1])
+            yield segment.cut, part, item.basis if segment.cut is None else item.basis[:, columns].contiguous()
 
-    def _measure(self, rows: RowsKernel, tensors: Iterable[tuple[int, torch.Tensor | None]], keep: bool = True):
+    def _measure(self, kernel: RowsKernel, tensors: Iterable[tuple[int, torch.Tensor | None]], keep: bool = True):
         """Return the coefficients of each part of each tensor (none unless kept), and the sums of `InputStats`."""
         segments, cut_tensors = self._layout
         sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.device)
@@ -269,16 +276,14 @@ class InputSubspace:
                 elif item.frozen:
                     sums[index, 1] = sums[index, 0]
                 continue
-            for segment, part in self._parts(index, gradient):
-                if segment is None or segment.cut is None:
-                    c, squares = rows.coefficients(part, item.basis)
+            for cut, part, basis in self._parts(index, gradient):
+                c, squares = kernel.coefficients(part, basis)
+                if cut is None:
                     sums[index] += squares
                 else:
                     # A row that several processes share: its coefficients are the sum of theirs.
-                    basis = item.basis[:, segment.column : segment.column + part.shape[1]].contiguous()
-                    c, squares = rows.coefficients(part, basis)
                     sums[index, 0] += squares[0]
-                    cuts[segment.cut, : c.shape[1]] = c[0]
+                    cuts[cut, : c.shape[1]] = c[0]
                 if keep:
                     coefficients[index].append(c)
         if self.processes.sharded:
@@ -299,7 +304,7 @@ class InputSubspace:
         first, last = start // width, -(-(start + size) // width)
         return tokens[first:last].repeat_interleave(width)[start - first * width :][:size]
 
-    def _apply(self, rows: RowsKernel, gradients, coefficients, finite: torch.Tensor, scale) -> None:
+    def _apply(self, kernel: RowsKernel, gradients, coefficients, finite: torch.Tensor, scale) -> None:
         """Remove what was measured, unless the gradient is not finite, and clip."""
         if self.device.type == "cpu" and scale is None and not finite.item():
             return
@@ -307,11 +312,8 @@ class InputSubspace:
             if gradient is None or gradient.numel() == 0:
                 continue
             if item.basis is not None:
-                for (segment, part), c in zip(self._parts(index, gradient), coefficients[index], strict=True):
-                    basis = item.basis
-                    if segment is not None and segment.cut is not None:
-                        basis = basis[:, segment.column : segment.column + part.shape[1]].contiguous()
-                    rows.apply_(part, torch.where(finite, c, 0.0), basis, scale)
+                for (_, part, basis), c in zip(self._parts(index, gradient), coefficients[index], strict=True):
+                    kernel.apply_(part, torch.where(finite, c, 0.0), basis, scale)
                 continue
             if item.frozen:
                 gradient.masked_fill_(finite, 0.0)

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ _TOLERANCE = 1e-3
 def preserve_random_state(device: torch.device) -> Iterator[None]:
     """Leave the random state of Python, NumPy, PyTorch and `device` as it was."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    accelerators = {} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    with torch.random.fork_rng(**(accelerators or {"devices": []})):
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type):
         try:
             yield
         finally:
@@ -86,15 +87,11 @@ def _find_noise(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> str
     """Name the first module, innermost first, whose outputs differ between two passes while its inputs do not."""
     records: list[list[tuple[str, float, float]]] = []
 
-    def record(name: str) -> Callable:
-        def hook(module, args, kwargs, output):
-            records[-1].append((name, _sum([args, kwargs]), _sum(output)))
+    def record(name, module, args, kwargs, output):
+        records[-1].append((name, _sum([args, kwargs]), _sum(output)))
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(record(name), with_kwargs=True) for name, module in model.named_modules() if name
-    ]
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(partial(record, name), with_kwargs=True) for name, module in modules]
     try:
         for _ in range(2):
             records.append([])

@@ -14,8 +14,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .geometry import SCOPES
 from .inputs import DEFAULT_RANK, MOST_DIRECTIONS
 from .kernels import MAX_RANK
+from .projection import METHODS
 
 
 PREFIX = "ogpsa_"
@@ -111,7 +113,7 @@ class Settings:
         "directions that the reference data use.",
         "Subspace",
         default="parameter",
-        choices=("parameter", "global", "inputs"),
+        choices=SCOPES,
     )
     rank: int | None = _option(
         int,
@@ -126,7 +128,7 @@ class Settings:
         "monitor: measure the component and change nothing.",
         "Subspace",
         default="orthogonal",
-        choices=("orthogonal", "conflict", "monitor"),
+        choices=METHODS,
     )
     basis_device: str = _option(
         str,

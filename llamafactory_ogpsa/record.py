@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,9 +92,7 @@ class Recorder:
         """While the context is open, keep what reaches the modules."""
         hooks = [
             module.register_forward_hook(
-                self._make_token_hook(index, module.num_embeddings)
-                if isinstance(module, torch.nn.Embedding)
-                else self._make_input_hook(index)
+                partial(self._keep_tokens if isinstance(module, torch.nn.Embedding) else self._keep_inputs, index)
             )
             for module, index in self._modules
         ]
@@ -103,35 +102,29 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
-    def _make_token_hook(self, index: int, num_tokens: int):
-        def hook(module, args, output):
-            ids = args[0]
-            if self._count == 0:
-                return
-            if self._present is not None and self._present.shape == ids.shape:
-                ids = ids[self._present]
-            seen = self.tokens.setdefault(index, torch.zeros(num_tokens, dtype=torch.bool, device=ids.device))
-            seen[ids.reshape(-1)] = True
+    def _keep_tokens(self, index: int, module: torch.nn.Embedding, args: tuple, output: torch.Tensor) -> None:
+        ids = args[0]
+        if self._count == 0:
+            return
+        if self._present is not None and self._present.shape == ids.shape:
+            ids = ids[self._present]
+        unseen = torch.zeros(module.num_embeddings, dtype=torch.bool, device=ids.device)
+        self.tokens.setdefault(index, unseen)[ids.reshape(-1)] = True
 
-        return hook
-
-    def _make_input_hook(self, index: int):
-        def hook(module, args, output):
-            if self._count == 0:
+    def _keep_inputs(self, index: int, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if self._count == 0:
+            return
+        if _is_identity(args[0]) or any(derived() is args[0] for derived in self._derived):
+            # DoRA multiplies `B A` by calling its modules on the identity: no sample has brought this input.
+            self._derived.append(weakref.ref(output))
+            return
+        for given, indices, _ in self._seen:
+            if given() is args[0]:
+                # Several matrices have the same inputs (query, key and value): kept once.
+                if index not in indices:
+                    indices.append(index)
                 return
-            if _is_identity(args[0]) or any(derived() is args[0] for derived in self._derived):
-                # DoRA multiplies `B A` by calling its modules on the identity: no sample has brought this input.
-                self._derived.append(weakref.ref(output))
-                return
-            for given, indices, _ in self._seen:
-                if given() is args[0]:
-                    # Several matrices have the same inputs (query, key and value): kept once.
-                    if index not in indices:
-                        indices.append(index)
-                    return
-            self._seen.append((weakref.ref(args[0]), [index], self._select(args[0].detach()).to("cpu")))
-
-        return hook
+        self._seen.append((weakref.ref(args[0]), [index], self._select(args[0].detach()).to("cpu")))
 
     def end_batch(self, finite: bool) -> None:
         """Keep the rows of the forward pass that has ended, unless its loss was not finite."""

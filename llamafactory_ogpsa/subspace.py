@@ -34,6 +34,7 @@ class Subspace:
         groups: Sequence[int],
         device: torch.device | None = None,
         processes: Processes = ALONE,
+        most_directions: int | None = None,
     ) -> None:
         """Wrap a finished basis; most callers want `from_gradients`.
 
@@ -44,6 +45,7 @@ class Subspace:
             groups: the group of each tensor.
             device: where the gradients are; None: where the basis is.
             processes: those that gradients and basis may be split over.
+            most_directions: the rank that was asked for, if any.
         """
         self.names = tuple(names)
         self.basis = list(basis)
@@ -51,7 +53,7 @@ class Subspace:
         self.device = device or self.basis[0].device
         self.processes = processes
         self.geometry = geometry.to(self.device)
-        self._most_directions: int | None = None
+        self._most_directions = most_directions
         self._plans: dict[str, Plan] = {}
         self._projections: dict[tuple[str, str], Projection] = {}
 
@@ -133,9 +135,7 @@ class Subspace:
                 f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
             )
 
-        subspace = cls(kept_names, basis, geometry, groups)
-        subspace._most_directions = rank
-        return subspace
+        return cls(kept_names, basis, geometry, groups, most_directions=rank)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the bases as `basis.<name>` and the numbers of the geometry as `geometry.<field>`, contiguous."""
@@ -168,11 +168,10 @@ class Subspace:
                     raise ValueError("is not a subspace")
                 kept = json.loads(metadata["subspace"])
                 basis = [read(f"basis.{name}").to(device) for name in kept["names"]]
-                subspace = cls(kept["names"], basis, read_geometry(read), kept["groups"])
+                most = kept["most_directions"]
+                return cls(kept["names"], basis, read_geometry(read), kept["groups"], most_directions=most)
         except ValueError as err:
             raise ValueError(f"{path} {err}") from err
-        subspace._most_directions = kept["most_directions"]
-        return subspace
 
     def find_covered(self) -> list[bool]:
         """Return for each tensor whether it has a direction, in any process; others are not projected."""

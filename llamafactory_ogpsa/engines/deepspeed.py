@@ -1,6 +1,6 @@
 """The engines of DeepSpeed's ZeRO stages, and the place between its backward pass and its step."""
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,8 +13,13 @@ from .zero import Place, ZeroEngine
 class Zero12Engine(ZeroEngine):
     """ZeRO-1 and ZeRO-2: a process owns a range of all parameters laid end to end, so whole ones and parts of two."""
 
-    def _offloads(self) -> bool:
-        return bool(self._zero.cpu_offload)
+    expected = (
+        "all_grad_tensors averaged_gradients bit16_groups cpu_offload dp_process_group "
+        "finalize_gradient_accumulation_boundary get_param_id grad_partition_insertion_offset "
+        "grad_start_offset gradient_accumulation_dtype loss_scale micro_step_id params_in_partition "
+        "partition_size real_dp_process_group reset_cpu_buffers single_partition_of_fp32_groups zero_grad"
+    )
+    expected_offloading = "accumulated_grads_in_cpu norm_for_param_grads"
 
     def _find_places(self) -> list[Place | None]:
         # Not `_hp_mapping`, which ignores `round_robin_gradients`.
@@ -28,11 +33,8 @@ class Zero12Engine(ZeroEngine):
                 size = min(param.numel() - skipped, int(zero.partition_size[group]) - start)
                 places[id(param)] = Place(group, index, start, size, skipped)
         optimized = {id(param) for group in zero.bit16_groups for param in group}
-        _require(optimized, self.names, self.parameters)
+        self._require(optimized)
         return [places.get(id(param)) for param in self.parameters]
-
-    def _buffers(self) -> list[torch.Tensor]:
-        return [partition.grad.view(-1) for partition in self._partitions()]
 
     def _partitions(self) -> list[torch.Tensor]:
         return self._zero.single_partition_of_fp32_groups
@@ -62,13 +64,18 @@ class Zero12Engine(ZeroEngine):
 class Zero3Engine(ZeroEngine):
     """ZeRO-3: every parameter is split evenly, the last parts padded."""
 
-    def _offloads(self) -> bool:
-        return bool(self._zero.offload_optimizer)
+    expected = (
+        "_pre_step averaged_gradients dp_process_group finalize_gradient_accumulation_boundary fp16_groups "
+        "fp32_partitioned_groups_flat get_param_id grad_partitions_flat_buffer grad_position "
+        "gradient_accumulation_dtype loss_scale offload_optimizer reset_cpu_buffers sub_group_to_group_id "
+        "zero_grad"
+    )
+    expected_offloading = "norm_for_param_grads"
 
     def _find_places(self) -> list[Place | None]:
         zero = self._zero
         indices = {id(param): index for params in zero.fp16_groups for index, param in enumerate(params)}
-        _require(indices, self.names, self.parameters)
+        self._require(indices)
         places = []
         for param in self.parameters:
             group, start, part = zero.grad_position[zero.get_param_id(param)]
@@ -76,9 +83,6 @@ class Zero3Engine(ZeroEngine):
             size = max(0, min(part, param.ds_numel - self.processes.rank * part))
             places.append(Place(group, indices[id(param)], start, size, self.processes.rank * part))
         return places
-
-    def _buffers(self) -> list[torch.Tensor]:
-        return [group.grad for group in self._partitions()]
 
     def _partitions(self) -> list[torch.Tensor]:
         return self._zero.fp32_partitioned_groups_flat
@@ -107,13 +111,6 @@ class Zero3Engine(ZeroEngine):
                 buffer.zero_()
         else:
             zero.averaged_gradients = {}
-
-
-def _require(optimized: Container[int], names: Sequence[str], parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Raise a RuntimeError unless DeepSpeed's optimizer has every trainable parameter, by its id."""
-    for name, param in zip(names, parameters, strict=True):
-        if id(param) not in optimized:
-            raise RuntimeError(f"OGPSA finds no partition of {name} in DeepSpeed's optimizer.")
 
 
 _ENGINES = {"DeepSpeedZeroOptimizer": Zero12Engine, "DeepSpeedZeroOptimizer_Stage3": Zero3Engine}

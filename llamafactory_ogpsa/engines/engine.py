@@ -1,8 +1,9 @@
 """The interface between a run and the way in which its model is trained."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -32,7 +33,7 @@ class Weight(NamedTuple):
         return local.detach().reshape(-1).narrow(0, self.start, self.size)
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """Where each trainable parameter's accumulated gradient is, and how reference gradients are computed into it.
 
     A gradient is complete when `gradients` is called: accumulated, reduced over the processes, not yet clipped. Where
@@ -49,28 +50,47 @@ class Engine(Protocol):
         processes: the processes that the samples, and perhaps the gradients, are split over.
     """
 
-    names: list[str]
-    parameters: list[torch.nn.Parameter]
     sizes: list[int]
     offsets: list[int]
     dtypes: list[torch.dtype]
-    num_parameters: int
     device: torch.device
     processes: Processes
 
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Look up the trainable parameters of a bare model, but for empty ones.
+
+        Raises:
+            ValueError: the model has no trainable parameter.
+        """
+        trainable = [
+            (name, param)
+            for name, param in model.named_parameters()
+            if param.requires_grad and getattr(param, "ds_numel", param.numel()) > 0
+        ]
+        if not trainable:
+            raise ValueError("the model has no trainable parameter")
+        self.names = [name for name, _ in trainable]
+        self.parameters = [param for _, param in trainable]
+        self.num_parameters = sum(getattr(param, "ds_numel", param.numel()) for param in self.parameters)
+
     @property
+    @abstractmethod
     def loss_scale(self) -> float:
         """What losses are multiplied by at present so that float16 gradients do not vanish; 1 where they are not."""
 
+    @abstractmethod
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the gradients, None where a parameter has none; writing to them changes the step."""
 
+    @abstractmethod
     def clear(self) -> None:
         """Drop all gradients, and all other state of the backward passes since the last step."""
 
     def reference_pass(self) -> AbstractContextManager:
         """Return the context of the backward passes of a reference gradient."""
+        return nullcontext()
 
+    @abstractmethod
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         """Add the gradient of `scale` times the sum of the processes' losses; every process calls it as often.
 
@@ -83,12 +103,14 @@ class Engine(Protocol):
     def complete(self) -> None:
         """Make the gradients complete after the last `backward`."""
 
+    @abstractmethod
     def fill(self) -> None:
         """Give parameters without a gradient one of zeros, to which a projection can be written."""
 
     def projected(self) -> None:
         """Update what was derived from the gradients before they were changed in place."""
 
+    @abstractmethod
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
         """Change parameters in place, and the optimizer's copies of them; every process calls it.
 
@@ -97,25 +119,17 @@ class Engine(Protocol):
             change: given an index and whole rows of the parameter, changes them in place.
         """
 
+    @abstractmethod
     def weights(self) -> list[Weight | None]:
         """Return where the weights of each gradient are; None where this process has none of them."""
 
 
-class ParameterGradients:
-    """The part that the engines share whose gradients are in `param.grad`.
+class ParameterGradients(Engine):
+    """What the engines have in common whose gradients are in `param.grad`."""
 
-    Args:
-        trainable: the trainable parameters with their names.
-        scaler: the run's gradient scaler.
-    """
-
-    def __init__(
-        self, trainable: Sequence[tuple[str, torch.nn.Parameter]], scaler: torch.amp.GradScaler | None
-    ) -> None:
-        self.names = [name for name, _ in trainable]
-        self.parameters = [param for _, param in trainable]
+    def __init__(self, model: torch.nn.Module, scaler: torch.amp.GradScaler | None) -> None:
+        super().__init__(model)
         self.dtypes = [param.dtype for param in self.parameters]
-        self.num_parameters = sum(param.numel() for param in self.parameters)
         self._scaler = scaler
 
     @property
@@ -130,22 +144,3 @@ class ParameterGradients:
         for param in self.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-
-    def projected(self) -> None:
-        pass
-
-
-def trainable_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Return the trainable parameters, but for empty ones, with their names.
-
-    Raises:
-        ValueError: the model has no trainable parameter.
-    """
-    trainable = [
-        (name, param)
-        for name, param in model.named_parameters()
-        if param.requires_grad and getattr(param, "ds_numel", param.numel()) > 0
-    ]
-    if not trainable:
-        raise ValueError("the model has no trainable parameter")
-    return trainable

@@ -1,14 +1,13 @@
 """Gradients that PyTorch's `fully_shard` (FSDP2) has split: DTensors, of which a process holds one shard."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .engine import ParameterGradients, Weight, trainable_parameters
+from .engine import ParameterGradients, Weight
 from .processes import Processes
 
 
@@ -31,8 +30,7 @@ class FullyShardedEngine(ParameterGradients):
         Raises:
             ValueError: the model has no trainable parameter, or one that is not split as the others are.
         """
-        trainable = trainable_parameters(model)
-        super().__init__(trainable, scaler)
+        super().__init__(model, scaler)
         groups = [_shard_group(param) for param in self.parameters]
         group = groups[0]
         # Not the groups themselves: `fully_shard` may make a new one for every module, of the same processes.
@@ -55,14 +53,8 @@ class FullyShardedEngine(ParameterGradients):
     def gradients(self) -> list[torch.Tensor | None]:
         return [None if param.grad is None else param.grad.to_local() for param in self.parameters]
 
-    def reference_pass(self) -> AbstractContextManager:
-        return nullcontext()
-
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         (loss * (scale * self.processes.size)).backward()
-
-    def complete(self) -> None:
-        pass
 
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
         # A module that is still gathered would use the old weights in its next forward pass.

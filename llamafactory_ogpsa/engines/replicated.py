@@ -1,13 +1,13 @@
 """Gradients that every process holds whole: one process, or several under DistributedDataParallel."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .engine import ParameterGradients, Weight, trainable_parameters
+from .engine import ParameterGradients, Weight
 from .processes import Processes
 
 
@@ -30,15 +30,14 @@ class ReplicatedEngine(ParameterGradients):
         Raises:
             ValueError: the model has no trainable parameter, or has them on several devices.
         """
-        trainable = trainable_parameters(model)
-        device = trainable[0][1].device
-        for name, param in trainable:
+        super().__init__(model, scaler)
+        device = self.device
+        for name, param in zip(self.names, self.parameters, strict=True):
             if param.device != device:
                 raise ValueError(
-                    f"OGPSA cannot train a model that is split over devices: {trainable[0][0]} is on {device}, "
+                    f"OGPSA cannot train a model that is split over devices: {self.names[0]} is on {device}, "
                     f"{name} on {param.device}; allowed: all trainable parameters on one device in each process."
                 )
-        super().__init__(trainable, scaler)
         self.sizes = [param.numel() for param in self.parameters]
         self.offsets = [0] * len(self.sizes)
         wrapped = getattr(wrapped, "_orig_mod", wrapped)  # torch.compile's wrapper
@@ -56,7 +55,7 @@ class ReplicatedEngine(ParameterGradients):
 
     def reference_pass(self) -> AbstractContextManager:
         # Reduced once, in `complete`, not in every backward pass.
-        return nullcontext() if self._ddp is None else self._ddp.no_sync()
+        return super().reference_pass() if self._ddp is None else self._ddp.no_sync()
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         (loss * scale).backward()

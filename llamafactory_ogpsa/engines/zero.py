@@ -5,8 +5,8 @@ the engines read private attributes of the ZeRO optimizers, and check at the sta
 """
 
 import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,32 +15,14 @@ import torch.distributed as dist
 from packaging.version import Version
 
 from ..kernels.rows import squared_norm
-from .engine import Weight, trainable_parameters
+from .engine import Engine, Weight
 from .processes import Processes
 
 
 # Before it, ZeRO-2 with offload silently dropped all but the last of several backward passes.
 OLDEST_VERSION = "0.19.0"
 
-# What each ZeRO optimizer must have, by the name of its class; and what else with CPU offload.
-_EXPECTED = {
-    "DeepSpeedZeroOptimizer": (
-        "all_grad_tensors averaged_gradients bit16_groups cpu_offload dp_process_group "
-        "finalize_gradient_accumulation_boundary get_param_id grad_partition_insertion_offset "
-        "grad_start_offset gradient_accumulation_dtype loss_scale micro_step_id params_in_partition "
-        "partition_size real_dp_process_group reset_cpu_buffers single_partition_of_fp32_groups zero_grad"
-    ),
-    "DeepSpeedZeroOptimizer_Stage3": (
-        "_pre_step averaged_gradients dp_process_group finalize_gradient_accumulation_boundary fp16_groups "
-        "fp32_partitioned_groups_flat get_param_id grad_partitions_flat_buffer grad_position "
-        "gradient_accumulation_dtype loss_scale offload_optimizer reset_cpu_buffers sub_group_to_group_id "
-        "zero_grad"
-    ),
-}
-_EXPECTED_OFFLOADING = {
-    "DeepSpeedZeroOptimizer": "accumulated_grads_in_cpu norm_for_param_grads",
-    "DeepSpeedZeroOptimizer_Stage3": "norm_for_param_grads",
-}
+# What DeepSpeed's engine must have.
 _EXPECTED_OF_ENGINE = ("_is_gradient_accumulation_boundary", "set_gradient_accumulation_boundary")
 
 
@@ -75,30 +57,19 @@ def find_problems() -> list[str]:
     return problems
 
 
-def _check(engine: Any) -> None:
-    """Check that DeepSpeed has what the engines use; raise a RuntimeError that lists what is missing."""
-    import deepspeed
-
-    zero = engine.optimizer
-    kind = type(zero).__name__
-    offloads = getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)
-    expected = f"{_EXPECTED[kind]} {_EXPECTED_OFFLOADING[kind] if offloads else ''}".split()
-    problems = [f"{kind} has no {name}" for name in expected if not hasattr(zero, name)]
-    problems += [f"its engine has no {name}" for name in _EXPECTED_OF_ENGINE if not hasattr(engine, name)]
-    problems += find_problems()
-    if problems:
-        raise RuntimeError(
-            f"OGPSA does not know DeepSpeed {deepspeed.__version__} ({'; '.join(problems)}). Use versions that "
-            "docs/distributed.md names; stock stages are not affected."
-        )
-
-
-class ZeroEngine(ABC):
+class ZeroEngine(Engine):
     """What the engines of the ZeRO stages have in common.
 
     DeepSpeed averages gradients over the processes, which `backward` compensates, and clips inside its step, after the
     projection: the norm that it clips by and logs is the projected gradient's.
+
+    Attributes:
+        expected: what the ZeRO optimizer must have, separated by spaces.
+        expected_offloading: what it must have with CPU offload too.
     """
+
+    expected: str
+    expected_offloading: str
 
     def __init__(self, model: torch.nn.Module, engine: Any) -> None:
         """Look up the trainable parameters of the bare model, and their partitions in the DeepSpeedEngine around it.
@@ -107,15 +78,15 @@ class ZeroEngine(ABC):
             ValueError: the model has no trainable parameter.
             RuntimeError: this version of DeepSpeed does not look as expected, or does not optimize a parameter.
         """
-        _check(engine)
         self._engine = engine
         self._zero = engine.optimizer
-        trainable = trainable_parameters(model)
-        self.names = [name for name, _ in trainable]
-        self.parameters = [param for _, param in trainable]
-        self.num_parameters = sum(getattr(param, "ds_numel", param.numel()) for param in self.parameters)
+        # Whether the complete gradients are in host memory; ZeRO-3 has the second name.
+        self._offload = bool(
+            getattr(self._zero, "cpu_offload", False) or getattr(self._zero, "offload_optimizer", False)
+        )
+        self._check()
+        super().__init__(model)
         self._compute_device = torch.device(engine.device)
-        self._offload = self._offloads()
         self.device = torch.device("cpu") if self._offload else self._compute_device
         group = self._zero.dp_process_group
         self.processes = Processes(dist.get_rank(group), dist.get_world_size(group), self._compute_device, group)
@@ -163,16 +134,33 @@ class ZeroEngine(ABC):
             torch.accelerator.synchronize()
 
     @abstractmethod
-    def _offloads(self) -> bool:
-        """Return whether the complete gradients are in host memory."""
-
-    @abstractmethod
     def _find_places(self) -> list[Place | None]:
         """Return where the piece of each parameter is; None where this process has none."""
 
-    @abstractmethod
+    def _check(self) -> None:
+        """Check that DeepSpeed has what the engine uses; raise a RuntimeError that lists what is missing."""
+        import deepspeed
+
+        kind = type(self._zero).__name__
+        expected = [*self.expected.split(), *(self.expected_offloading.split() if self._offload else ())]
+        problems = [f"{kind} has no {name}" for name in expected if not hasattr(self._zero, name)]
+        problems += [f"its engine has no {name}" for name in _EXPECTED_OF_ENGINE if not hasattr(self._engine, name)]
+        problems += find_problems()
+        if problems:
+            raise RuntimeError(
+                f"OGPSA does not know DeepSpeed {deepspeed.__version__} ({'; '.join(problems)}). Use versions that "
+                "docs/distributed.md names; stock stages are not affected."
+            )
+
+    def _require(self, optimized: Container[int]) -> None:
+        """Raise a RuntimeError unless DeepSpeed's optimizer has every trainable parameter, by its id."""
+        for name, param in zip(self.names, self.parameters, strict=True):
+            if id(param) not in optimized:
+                raise RuntimeError(f"OGPSA finds no partition of {name} in DeepSpeed's optimizer.")
+
     def _buffers(self) -> list[torch.Tensor]:
         """Return the flat gradients in host memory of an offloading optimizer, one a group."""
+        return [partition.grad.view(-1) for partition in self._partitions()]
 
     @abstractmethod
     def _partitions(self) -> list[torch.Tensor]:

@@ -1,6 +1,6 @@
 """The two passes in plain torch: the reference implementation, and the one of CPUs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -96,16 +96,21 @@ class TorchPlan(Plan):
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
         """Do nothing: torch has no kernels to compile."""
 
-    def _sums(self, dense: list[torch.Tensor | None]) -> torch.Tensor:
-        """Return ``[num_groups, rank + 1]``, the sums over each group's chunks."""
-        flat = _flatten(dense)
-        self._partials.zero_()
+    def _parts(self, dense: list[torch.Tensor | None]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """Yield each chunk of a tensor with a gradient, and its part of it, while the chunk's basis may be read."""
+        flat = [None if gradient is None else gradient.view(-1) for gradient in dense]
         for bucket in self._source.load():
             for i in bucket:
                 for chunk in self._chunks[i]:
-                    if flat[chunk.tensor] is not None:
-                        _partial_sums(chunk, _part(flat, chunk))
+                    gradient = flat[chunk.tensor]
+                    if gradient is not None:
+                        yield chunk, gradient if chunk.where is None else gradient[chunk.where]
 
+    def _sums(self, dense: list[torch.Tensor | None]) -> torch.Tensor:
+        """Return ``[num_groups, rank + 1]``, the sums over each group's chunks."""
+        self._partials.zero_()
+        for chunk, gradient in self._parts(dense):
+            _partial_sums(chunk, gradient)
         sums = torch.segment_reduce(
             self._partials.to(self._sum_dtype), "sum", lengths=self._group_chunks, axis=0, initial=0.0, unsafe=True
         )
@@ -113,7 +118,6 @@ class TorchPlan(Plan):
         return sums
 
     def _write(self, dense: list[torch.Tensor | None], delta: torch.Tensor, scale: torch.Tensor | None) -> None:
-        flat = _flatten(dense)
         untouched = [False] * self.num_groups
         if self.device.type == "cpu":
             # On other devices reading these values would make the host wait.
@@ -121,25 +125,14 @@ class TorchPlan(Plan):
             untouched = (delta == 0.0).all(-1).tolist() if scale is None else untouched
 
         rows = delta.unbind()
-        for bucket in self._source.load():
-            for i in bucket:
-                for chunk in self._chunks[i]:
-                    if flat[chunk.tensor] is not None and not untouched[chunk.group]:
-                        _write_chunk(chunk, _part(flat, chunk), rows[chunk.group], scale)
+        for chunk, gradient in self._parts(dense):
+            if not untouched[chunk.group]:
+                _write_chunk(chunk, gradient, rows[chunk.group], scale)
 
 
 def _chunk(piece: Piece, span: slice, whole: bool, views: dict[int, torch.Tensor], sums: torch.Tensor) -> Chunk:
     where = None if whole else slice(piece.start + span.start, piece.start + span.stop)
     return Chunk(piece.tensor, piece.group, where, piece.basis[:, span], views[span.stop - span.start], sums)
-
-
-def _flatten(dense: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    return [None if gradient is None else gradient.view(-1) for gradient in dense]
-
-
-def _part(flat: list[torch.Tensor | None], chunk: Chunk) -> torch.Tensor:
-    gradient = flat[chunk.tensor]
-    return gradient if chunk.where is None else gradient[chunk.where]
 
 
 def _split(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,5 @@
 """The two passes in Triton: three launches for any number of tensors."""
 
-import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,8 +7,8 @@ import torch
 import triton
 
 from .basis import ResidentBasis
-from .plan import Gradients, Plan
-from .triton_kernels import DTYPES, MAX_ROWS, apply_kernel, partial_sums_kernel, reduce_kernel
+from .plan import GRADIENT_DTYPES, Gradients, Plan
+from .triton_kernels import MAX_ROWS, apply_kernel, partial_sums_kernel, reduce_kernel
 
 
 class Blocks(NamedTuple):
@@ -42,8 +41,7 @@ SMALL_NUMEL = 1 << 28
 # Partial sums that a program of the reduction has in flight, as float64, at a time.
 REDUCE_NUMEL = 4096
 
-_DTYPE_INDEX = {dtype: index for index, dtype in enumerate(DTYPES)}
-_DTYPE_SIZES = torch.tensor([dtype.itemsize for dtype in DTYPES])
+_DTYPE_SIZES = torch.tensor([dtype.itemsize for dtype in GRADIENT_DTYPES])
 
 # How a kernel is started: _launch runs it, _compile only compiles it.
 Start = Callable[..., None]
@@ -66,7 +64,7 @@ class TritonPlan(Plan):
         first_tile = _starts(tiles)
         groups = _integers([piece.group for piece in pieces])
         addresses = _integers([piece.basis.data_ptr() for piece in pieces])
-        dtypes = _integers([DTYPES.index(piece.basis.dtype) for piece in pieces])
+        dtypes = _integers([GRADIENT_DTYPES.index(piece.basis.dtype) for piece in pieces])
         kinds = _kinds(addresses, dtypes, lengths)
 
         # On the host: from these the gradients' table is made when their addresses change.
@@ -104,7 +102,7 @@ class TritonPlan(Plan):
 
     @torch.no_grad()
     def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-        with self._on_device():
+        with torch.cuda.device_of(self._one):
             _copied = self._upload(gradients)
             for bucket in self._source.load():
                 self._sum(_launch, *self._spans[bucket])
@@ -116,7 +114,7 @@ class TritonPlan(Plan):
         self._check_table("delta", delta, (self.num_groups, self.rank))
         if scale is not None:
             self._check_table("scale", scale, ())
-        with self._on_device():
+        with torch.cuda.device_of(self._one):
             copied = self._upload(gradients)
             delta = delta.contiguous()
             for bucket in self._source.load():
@@ -130,7 +128,7 @@ class TritonPlan(Plan):
         self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
-        with self._on_device():
+        with torch.cuda.device_of(self._one):
             copied = self._upload(gradients)
             for bucket in self._source.load():
                 self._sum(_launch, *self._spans[bucket])
@@ -147,21 +145,18 @@ class TritonPlan(Plan):
         return products, squared_norms, norm
 
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
-        indices = _integers([DTYPES.index(dtype) for dtype in dtypes])[self._piece_tensor]
+        indices = _integers([GRADIENT_DTYPES.index(dtype) for dtype in dtypes])[self._piece_tensor]
         aligned = torch.zeros_like(indices)
         # Only the type of this table matters: nothing is launched.
         self._gradients = self._pieces
         self._gradient_kinds = _kind_set(_kinds(aligned, indices, self._piece_length))
         self._signature = None
-        with self._on_device():
+        with torch.cuda.device_of(self._one):
             self._sum(_compile, 0, self._num_tiles)
             self._reduce(_compile, None)
             self._reduce(_compile, self._delta)
             self._apply(_compile, 0, self._num_tiles, self._delta, self._one)
             self._apply(_compile, 0, self._num_tiles, self._delta, norm=self._one)
-
-    def _on_device(self) -> contextlib.AbstractContextManager:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     def _upload(self, gradients: Gradients) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Bring the table of the gradients' addresses and kinds up to date.
@@ -180,7 +175,7 @@ class TritonPlan(Plan):
         dense, copied = self._dense(gradients)
         self._signature = signature
         present = _integers([g is not None for g in dense])[self._piece_tensor]
-        dtypes = _integers([0 if g is None else _DTYPE_INDEX[g.dtype] for g in dense])[self._piece_tensor]
+        dtypes = _integers([0 if g is None else GRADIENT_DTYPES.index(g.dtype) for g in dense])[self._piece_tensor]
         addresses = _integers([0 if g is None else g.data_ptr() for g in dense])[self._piece_tensor]
         addresses += present * self._piece_start * _DTYPE_SIZES[dtypes]
         kinds = _kinds(addresses, dtypes, self._piece_length)

@@ -1,7 +1,5 @@
 """The two passes of scope `inputs` in Triton: one launch a matrix and pass, with the norms in the same read."""
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -115,7 +113,7 @@ class TritonRows(TorchRows):
         programs = triton.cdiv(rows, _ROWS)
         coefficients = torch.empty(rows, basis.shape[0], dtype=torch.float32, device=dense.device)
         sums = torch.empty(2, programs, dtype=torch.float32, device=dense.device)
-        with _on(dense.device):
+        with torch.cuda.device_of(dense):
             rows_coefficients_kernel[(programs,)](
                 dense, basis, coefficients, sums, rows, columns, **_options(basis, dense.device)
             )
@@ -131,7 +129,7 @@ class TritonRows(TorchRows):
         dense = gradient.contiguous()
         rows, columns = dense.shape
         one = torch.ones((), dtype=torch.float32, device=dense.device) if scale is None else scale
-        with _on(dense.device):
+        with torch.cuda.device_of(dense):
             rows_apply_kernel[(triton.cdiv(rows, _ROWS),)](
                 dense,
                 basis,
@@ -155,7 +153,3 @@ def _options(basis: torch.Tensor, device: torch.device) -> dict:
 
 def _padded(basis: torch.Tensor) -> int:
     return max(16, triton.next_power_of_2(basis.shape[0]))
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..options import OPTIONS, PREFIX, Option, resolve
-from .optimizers import refuse_finetuning_optimizers
+from .optimizers import refuse_switches
 
 
 STAGES = ("pt", "sft", "rm", "dpo", "kto")
@@ -24,7 +24,7 @@ def _argument(option: Option) -> tuple[Any, Any]:
 OgpsaArguments = make_dataclass("OgpsaArguments", [(name, *_argument(option)) for name, option in OPTIONS.items()])
 
 
-def refuse_backends(arguments: Any) -> None:
+def refuse_arguments(arguments: Any) -> None:
     """Refuse by name what the finetuning arguments ask for and OGPSA does not support.
 
     Raises:
@@ -33,12 +33,7 @@ def refuse_backends(arguments: Any) -> None:
     if arguments.stage == "ppo":
         raise ValueError(f"`stage` is 'ppo', which OGPSA does not support; allowed: {', '.join(STAGES)}.")
 
-    if getattr(arguments, "use_hyper_parallel", False):
-        raise ValueError(
-            "`use_hyper_parallel` is True, which OGPSA does not support (the HyperParallel backend has a trainer of "
-            "its own); allowed: False."
-        )
-    refuse_finetuning_optimizers(arguments)
+    refuse_switches(arguments)
 
 
 def split_prefix(value: Any) -> tuple[Any, bool]:
@@ -100,7 +95,7 @@ def extend(stock: type) -> type:
             refuse_spelling("finetuning_type", given_type, supported_types)
 
             if self.ogpsa_enabled:
-                refuse_backends(self)
+                refuse_arguments(self)
                 resolve(self)
             else:
                 given = [name for name in OPTIONS if getattr(self, name) is not None]

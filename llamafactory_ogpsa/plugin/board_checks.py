@@ -73,7 +73,7 @@ def check_arguments(args: dict[str, Any]) -> None:
     if training_args.deepspeed:
         with named("deepspeed", training_args.deepspeed):
             check_deepspeed(read_json(training_args.deepspeed))
-    check_run(model_args, data_args, training_args, finetuning_args)
+    check_run(data_args, training_args, finetuning_args)
 
 
 def find_error(args: dict[str, Any], lang: str) -> str:

@@ -13,8 +13,9 @@ Adam-mini (`use_adam_mini`), Muon (`use_muon`), GaLore and APOLLO that are not l
 from typing import Any
 
 
-# LLaMA-Factory's switches that choose a refused optimizer, with the reason.
-_FINETUNING = {
+# LLaMA-Factory's switches that choose a refused optimizer or trainer, with the reason.
+_SWITCHES = {
+    "use_hyper_parallel": "the HyperParallel backend has a trainer of its own",
     "use_badam": "BAdam trains a part of the parameters at a time",
     "galore_layerwise": "layer-wise GaLore steps inside the backward pass",
     "apollo_layerwise": "layer-wise APOLLO steps inside the backward pass",
@@ -27,13 +28,13 @@ _FINETUNING = {
 _DEEPSPEED = ("muon", "onebitadam", "onebitlamb", "zerooneadam")
 
 
-def refuse_finetuning_optimizers(finetuning_args: Any) -> None:
-    """Refuse the optimizers that LLaMA-Factory's own switches choose.
+def refuse_switches(finetuning_args: Any) -> None:
+    """Refuse the optimizers, and the one trainer, that LLaMA-Factory's own switches choose.
 
     Raises:
         ValueError: names the option, its value, and what is allowed.
     """
-    for name, reason in _FINETUNING.items():
+    for name, reason in _SWITCHES.items():
         if getattr(finetuning_args, name, False):
             raise ValueError(f"`{name}` is True, which OGPSA does not support ({reason}); allowed: False.")
 
@@ -42,7 +43,7 @@ def refuse_optim(optim: str) -> None:
     """Refuse the optimizers that the Trainer's `optim` (e.g. `adamw_torch`) chooses.
 
     Raises:
-        ValueError: see `refuse_finetuning_optimizers`.
+        ValueError: see `refuse_switches`.
     """
     if "lomo" in optim or "layerwise" in optim:
         raise ValueError(
@@ -55,7 +56,7 @@ def refuse_deepspeed_optimizer(config: dict[str, Any]) -> None:
     """Refuse the optimizers that a DeepSpeed configuration chooses.
 
     Raises:
-        ValueError: see `refuse_finetuning_optimizers`.
+        ValueError: see `refuse_switches`.
     """
     optimizer = str((config.get("optimizer") or {}).get("type", "")).lower()
     if optimizer in _DEEPSPEED:

@@ -40,8 +40,8 @@ def patch(module: Any) -> None:
         if not isinstance(finetuning_args, extended):
             refuse_parser("get_train_args", args)
         elif finetuning_args.ogpsa_enabled:
-            model_args, data_args, training_args = parsed[:3]
-            check_run(model_args, data_args, training_args, finetuning_args)
+            _, data_args, training_args = parsed[:3]
+            check_run(data_args, training_args, finetuning_args)
         return parsed
 
     @functools.wraps(parse_train_args)
@@ -75,7 +75,7 @@ def refusing(parse: Callable[..., Any], read_args: Callable[..., Any]) -> Callab
     return checked_parse
 
 
-def check_run(model_args: Any, data_args: Any, training_args: Any, finetuning_args: Any) -> None:
+def check_run(data_args: Any, training_args: Any, finetuning_args: Any) -> None:
     """Check an OGPSA run as a whole.
 
     Raises:

@@ -148,7 +148,7 @@ def make_reference_sets(trainer: Any, stage: str, loaded: dict[str, Any]) -> lis
     """Give each loaded set its collator and its loss: the stage's own, or the SFT loss; `loaded` as in `with_ogpsa`."""
     kinds = {"stage": (trainer.data_collator, StageLoss(trainer, stage))}
     if any(item.loss == "sft" for item in loaded["sets"]):
-        kinds["sft"] = (sft_collator(trainer, loaded), SftLoss(trainer))
+        kinds["sft"] = (sft_collator(trainer, loaded), SftLoss(trainer, "sft"))
     return [ReferenceSet(item.name, item.samples, *kinds[item.loss]) for item in loaded["sets"]]
 
 
@@ -193,10 +193,6 @@ class StageLoss:
 
 class SftLoss(StageLoss):
     """The plain causal language-modelling loss, for a trainer whose own loss is another (`ogpsa_loss: sft`)."""
-
-    def __init__(self, trainer: Any) -> None:
-        """Bind the loss to a trainer."""
-        super().__init__(trainer, "sft")
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
         """Return the batch's part of the mean over `total` tokens."""

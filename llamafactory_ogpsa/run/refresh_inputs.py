@@ -79,7 +79,10 @@ class InputBasis:
         subspace = self._wrap(protected)
         if self._settings.method != "monitor":
             self._keep_out(subspace)
-            subspace = self._wrap([self._release(index, item) for index, item in enumerate(protected)])
+            pairs = zip(self._engine.names, protected, strict=True)
+            subspace = self._wrap(
+                [Protected(unreached=True) if name in self.unreached else item for name, item in pairs]
+            )
         return subspace, losses
 
     @torch.no_grad()
@@ -146,9 +149,6 @@ class InputBasis:
             kernel.apply_(rows, kernel.coefficients(rows, basis)[0], basis, None)
 
         self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
-
-    def _release(self, index: int, item: Protected) -> Protected:
-        return Protected(unreached=True) if self._engine.names[index] in self.unreached else item
 
     def restore(self, read: Read, names: set[str]) -> InputSubspace:
         """Make the bases of a checkpoint's tensors.

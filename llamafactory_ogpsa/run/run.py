@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -115,25 +114,19 @@ class OgpsaRun:
         turn = step // self.settings.update_interval
         indices = [take_in_turn(len(ref.samples), self.settings.refresh_samples, turn) for ref in self.sets]
         self.subspace = None
-        with ExitStack() as stack:
-            stack.enter_context(preserve_random_state(self.engine.processes.device))
-            stack.enter_context(without_noise(self.host.model))
+        with (
+            preserve_random_state(self.engine.processes.device),
+            without_noise(self.host.model),
             # torch.compile would compile again for the shapes and arguments of reference batches, and ignores hooks (of
             # scope `inputs`) that are added after it has compiled.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            torch.compiler.set_stance("force_eager"),
+        ):
             self._check_noise()
-            bar = tqdm(desc="OGPSA refresh", unit="batch", leave=False, disable=not self.host.show_progress)
-            progress = stack.enter_context(bar)
-            passes = ReferencePasses(
-                self.sets,
-                indices,
-                self.settings.batch_size or batch_size,
-                self.engine,
-                self._maker.parts,
-                lambda: progress.update(),
-            )
-            progress.reset(total=passes.num_batches)
-            self.subspace, self.reference_losses = self._maker.compute(passes)
+            size = self.settings.batch_size or batch_size
+            with tqdm(desc="OGPSA refresh", unit="batch", leave=False, disable=not self.host.show_progress) as bar:
+                passes = ReferencePasses(self.sets, indices, size, self.engine, self._maker.parts, bar.update)
+                bar.reset(total=passes.num_batches)
+                self.subspace, self.reference_losses = self._maker.compute(passes)
         self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
         self.schedule.refreshed(step, self.coverage.tensors, self.coverage.total)
         if self.host.main:

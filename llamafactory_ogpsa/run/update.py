@@ -49,10 +49,12 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
         a function to call after the step; None where many weights are trainable and the optimizer's state does not
         say what its step was, so that the change cannot be read.
     """
-    weights = engine.weights()
-    elements = sum(weight.size for weight in weights if weight is not None)
+    weights = {
+        index: weight for index, weight in enumerate(engine.weights()) if weight is not None and weight.size > 0
+    }
+    elements = sum(weight.size for weight in weights.values())
     if engine.processes.totals([elements])[0] <= MOST_COPIED * engine.processes.size:
-        before = [None if weight is None else weight.part_of(weight.optimized).clone() for weight in weights]
+        before = {index: weight.part_of(weight.optimized).clone() for index, weight in weights.items()}
         return lambda: _differences(weights, before)
 
     kind = type(optimizer)
@@ -64,20 +66,19 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
         return None
 
     # A parameter without a gradient is not stepped, whatever its state from earlier steps; ZeRO steps whole partitions.
-    weights = [
-        weight if weight is not None and (weight.group is not None or weight.optimized.grad is not None) else None
-        for weight in weights
-    ]
-    settings = [
-        None if weight is None else dict(optimizer.param_groups[_group_of(weight, optimizer)]) for weight in weights
-    ]
+    weights = {
+        index: weight
+        for index, weight in weights.items()
+        if weight.group is not None or weight.optimized.grad is not None
+    }
+    groups = {index: _group_of(weight, optimizer) for index, weight in weights.items()}
+    settings = {index: dict(optimizer.param_groups[group]) for index, group in groups.items()}
     return lambda: _adam_changes(weights, settings, optimizer.state, bool(decoupled))
 
 
-def _differences(weights: list[Weight | None], before: list[torch.Tensor | None]) -> Changes:
-    for index, (weight, old) in enumerate(zip(weights, before, strict=True)):
-        if weight is not None:
-            yield index, weight.part_of(weight.optimized).float() - old.float()
+def _differences(weights: dict[int, Weight], before: dict[int, torch.Tensor]) -> Changes:
+    for index, weight in weights.items():
+        yield index, weight.part_of(weight.optimized).float() - before[index].float()
 
 
 def _group_of(weight: Weight, optimizer: torch.optim.Optimizer) -> int:
@@ -92,7 +93,7 @@ def _group_of(weight: Weight, optimizer: torch.optim.Optimizer) -> int:
 
 
 def _adam_changes(
-    weights: list[Weight | None], settings: list[dict[str, Any] | None], state: dict, decoupled: bool
+    weights: dict[int, Weight], settings: dict[int, dict[str, Any]], state: dict, decoupled: bool
 ) -> Changes:
     r"""Yield the changes of a step of Adam (Kingma and Ba, 2015) or AdamW (Loshchilov and Hutter, 2019).
 
@@ -100,9 +101,9 @@ def _adam_changes(
     step: `ΔW = −η m / (√v + ε) − η λ W₀`, where `W₀ = (W + η m / (√v + ε)) / (1 − η λ)` are the weights before it and
     the last term is there with decoupled decay only.
     """
-    for index, (weight, group) in enumerate(zip(weights, settings, strict=True)):
-        moments = None if weight is None else state.get(weight.optimized)
-        if not moments or weight.size == 0:
+    for index, weight in weights.items():
+        group, moments = settings[index], state.get(weight.optimized)
+        if not moments:
             continue
 
         rate, (beta1, beta2) = float(group["lr"]), group["betas"]
