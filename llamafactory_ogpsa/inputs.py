@@ -96,7 +96,6 @@ class InputSubspace:
     @torch.no_grad()
     def from_gradients(cls, gradients: Sequence[dict[str, torch.Tensor]], rank: int | None = None) -> "InputSubspace":
         """Take the inputs' directions from reference gradients, which `Subspace.from_gradients` has checked."""
-        rank = DEFAULT_RANK if rank is None else rank
         names, protected, sizes = [], [], []
         for name in gradients[0]:
             present = [gradient[name] for gradient in gradients if gradient[name] is not None]
@@ -115,7 +114,8 @@ class InputSubspace:
             width = present[0][0].numel() if present[0].dim() > 3 else present[0].shape[-1]
             rows = [tensor.double().reshape(-1, width) for tensor in present]
             rows = torch.cat([ratio(row, row.norm()) for row in rows])
-            protected.append(Protected(leading_directions(rows, rank)))
+            most = most_directions(width, DEFAULT_RANK) if rank is None else rank
+            protected.append(Protected(leading_directions(rows, most)))
         return cls(names, protected, sizes, device)
 
     @torch.no_grad()
@@ -196,7 +196,8 @@ class InputSubspace:
         chosen = self._kernels[kernel]
 
         @torch.no_grad()
-        def project(gradients, max_norm: float | None = None, measure: bool = False) -> InputStats:
+        def project(given, max_norm: float | None = None, measure: bool = False) -> InputStats:
+            gradients = [None if gradient is None else gradient.contiguous() for gradient in given]
             coefficients, sums = self._measure(chosen, enumerate(gradients))
             kept = sums[:, 0] - (0 if method == "monitor" else sums[:, 1])
             total = sums[:, 0].sum()
@@ -204,6 +205,9 @@ class InputSubspace:
             scale = None if method == "monitor" else clipping_factor(norm, max_norm)
             if method != "monitor":
                 self._apply(chosen, gradients, coefficients, norm.isfinite(), scale)
+                for gradient, dense in zip(given, gradients, strict=True):
+                    if dense is not gradient:
+                        gradient.copy_(dense)
             residual = None
             if measure:
                 _, left = self._measure(chosen, enumerate(gradients), keep=False)

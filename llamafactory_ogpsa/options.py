@@ -276,6 +276,16 @@ def _resolve_inputs(arguments: Any) -> None:
             "`ogpsa_method` is 'conflict', which needs the reference gradients, and `ogpsa_scope: inputs` has none; "
             "allowed with it: orthogonal, monitor."
         )
+    if getattr(arguments, "use_dora", False):
+        raise ValueError(
+            "`use_dora` is True: B changes the weight's norm, and so the output for every input, which `ogpsa_scope: "
+            "inputs` could not prevent; allowed with it: False."
+        )
+    if getattr(arguments, "finetuning_type", None) == "oft":
+        raise ValueError(
+            "`finetuning_type` is 'oft', which turns the inputs that `ogpsa_scope: inputs` keeps; allowed with it: "
+            "full, freeze, lora."
+        )
     for name in ("ogpsa_basis_device", "ogpsa_basis_dtype"):
         if getattr(arguments, name) != "auto":
             raise ValueError(
@@ -307,13 +317,12 @@ _BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
 
 def make_tables() -> str:
     """Return the Markdown tables of all options, one a group."""
-    allowed = {list: lambda _: "dataset names", int: lambda _: "a positive integer", bool: lambda _: "true, false"}
-    allowed[str] = lambda option: ", ".join(option.choices)
+    allowed = {list: "dataset names", int: "a positive integer", bool: "true, false"}
     lines = []
     for group in dict.fromkeys(option.group for option in OPTIONS.values()):
         lines += [f"## {group}", "", "| option | default | allowed | meaning |", "|---|---|---|---|"]
         lines += [
-            f"| `{name}` | {option.shown_default} | {allowed[option.type](option)} | {option.help} |"
+            f"| `{name}` | {option.shown_default} | {allowed.get(option.type) or ', '.join(option.choices)} | {option.help} |"
             for name, option in OPTIONS.items()
             if option.group == group
         ]

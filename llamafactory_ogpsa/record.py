@@ -39,7 +39,7 @@ def find_modules(engine: Engine, model: torch.nn.Module) -> list[tuple[torch.nn.
     return [
         (module, indices[id(module.weight)])
         for module in model.modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or is_transposed(module)
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or is_transposed(module) or is_router(module)
         if id(module.weight) in indices
     ]
 
@@ -47,6 +47,12 @@ def find_modules(engine: Engine, model: torch.nn.Module) -> list[tuple[torch.nn.
 def is_transposed(module: torch.nn.Module) -> bool:
     """Return whether a module keeps its matrix as `[in, out]`."""
     return type(module).__name__ == "Conv1D"
+
+
+def is_router(module: torch.nn.Module) -> bool:
+    """Return whether a module is a router of transformers, which multiplies by a matrix `[experts, in]` of its own."""
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith("Router") and isinstance(weight, torch.nn.Parameter) and weight.dim() == 2
 
 
 class Recorder:
@@ -72,7 +78,8 @@ class Recorder:
         self._mask: torch.Tensor | None = None
         self._present: torch.Tensor | None = None
         self._seen: list[tuple[weakref.ref, list[int], torch.Tensor]] = []
-        self._derived: list[weakref.ref] = []
+        self._ids: torch.Tensor | None = None
+        self._own = True
         self.tokens: dict[int, torch.Tensor] = {}
 
     def begin_batch(self, batch: dict[str, Any], count: int) -> None:
@@ -82,15 +89,16 @@ class Recorder:
             batch: the batch, with an `attention_mask` and perhaps `labels`.
             count: the samples that count; of none nothing is kept.
         """
-        present, labels = batch.get("attention_mask"), batch.get("labels")
+        present, labels, self._ids = batch.get("attention_mask"), batch.get("labels"), batch.get("input_ids")
         self._present = present.bool() if present is not None and present.dim() == 2 else None
         self._mask = None if self._present is None else _thin(self._present, labels, self._per_sample)
         self._count = count
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """While the context is open, keep what reaches the modules."""
-        hooks = [
+    def recording(self, model: torch.nn.Module) -> Iterator[None]:
+        """While the context is open, keep what reaches the modules in forward passes of the batch through the model."""
+        hooks = [model.register_forward_pre_hook(self._look_at_batch, with_kwargs=True)]
+        hooks += [
             module.register_forward_hook(
                 partial(self._keep_tokens if isinstance(module, torch.nn.Embedding) else self._keep_inputs, index)
             )
@@ -102,9 +110,15 @@ class Recorder:
             for hook in hooks:
                 hook.remove()
 
+    def _look_at_batch(self, model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell passes of the batch itself from others: KTO's loss also runs prompts with answers of other prompts."""
+        ids = kwargs.get("input_ids")
+        if ids is not None and self._ids is not None:
+            self._own = ids.shape == self._ids.shape and torch.equal(ids, self._ids.to(ids.device))
+
     def _keep_tokens(self, index: int, module: torch.nn.Embedding, args: tuple, output: torch.Tensor) -> None:
         ids = args[0]
-        if self._count == 0:
+        if self._count == 0 or not self._own:
             return
         if self._present is not None and self._present.shape == ids.shape:
             ids = ids[self._present]
@@ -112,25 +126,27 @@ class Recorder:
         self.tokens.setdefault(index, unseen)[ids.reshape(-1)] = True
 
     def _keep_inputs(self, index: int, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if self._count == 0:
+        if self._count == 0 or not self._own:
             return
-        if _is_identity(args[0]) or any(derived() is args[0] for derived in self._derived):
-            # DoRA multiplies `B A` by calling its modules on the identity: no sample has brought this input.
-            self._derived.append(weakref.ref(output))
-            return
-        for given, indices, _ in self._seen:
-            if given() is args[0]:
-                # Several matrices have the same inputs (query, key and value): kept once.
-                if index not in indices:
-                    indices.append(index)
+        # Several matrices have the same inputs (query, key and value): kept once.
+        same = next((indices for given, indices, _ in self._seen if given() is args[0]), None)
+        if same is None:
+            rows = self._select(args[0].detach()).to("cpu")
+            rows = rows[rows.isfinite().all(1)]
+            # PEFT casts the inputs of an adapter in another dtype than the model, for each one anew.
+            last = next((seen for seen in reversed(self._seen) if seen[2].shape == rows.shape), None)
+            if last is None or len(rows) == 0 or not torch.equal(last[2], rows):
+                self._seen.append((weakref.ref(args[0]), [index], rows))
                 return
-        self._seen.append((weakref.ref(args[0]), [index], self._select(args[0].detach()).to("cpu")))
+            same = last[1]
+        if index not in same:
+            same.append(index)
 
     def end_batch(self, finite: bool) -> None:
         """Keep the rows of the forward pass that has ended, unless its loss was not finite."""
         for _, indices, rows in self._seen if finite else ():
             self._rows.setdefault(tuple(indices), []).append(rows)
-        self._seen, self._derived = [], []
+        self._seen = []
 
     def _select(self, inputs: torch.Tensor) -> torch.Tensor:
         """Return the rows of a module's inputs to keep, `[n, in]`."""
@@ -157,12 +173,6 @@ class Recorder:
             the rows, `[n, width]`, on the CPU; none where this process had none.
         """
         return torch.cat(self._rows.get(indices, [torch.empty(0, width)]))
-
-
-def _is_identity(inputs: torch.Tensor) -> bool:
-    if inputs.dim() != 2 or inputs.shape[0] != inputs.shape[1]:
-        return False
-    return torch.equal(inputs, torch.eye(len(inputs), dtype=inputs.dtype, device=inputs.device))
 
 
 def _thin(present: torch.Tensor, labels: torch.Tensor | None, most: int) -> torch.Tensor:

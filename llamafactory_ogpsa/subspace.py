@@ -91,7 +91,7 @@ class Subspace:
                 `inputs`: for each matrix `[out, in]` the leading directions of the inputs that the reference gradients
                 name, their right singular vectors: see `inputs.py`.
             rank: most directions kept, 1 to 32; None keeps one for each reference gradient. With scope `inputs` most
-                directions of a matrix, 1 to 4096; None: 96.
+                directions of a matrix, 1 to 4096; None: 96, but at most half of its inputs.
 
         Returns:
             the subspace, on the gradients' device, a tensor's basis in bfloat16 where its gradients are, else float32;

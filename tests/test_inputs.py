@@ -32,6 +32,25 @@ def oracle(references, gradient, rank):
     return (flat - flat @ basis.T @ basis).reshape(gradient.shape)
 
 
+def test_a_gradient_that_is_not_contiguous_is_projected_in_place():
+    references = [random_gradients(seed, shapes={"wide": (5, 12)}) for seed in (1, 2)]
+    subspace = Subspace.from_gradients(references, scope="inputs", rank=3)
+    dense = random_gradients(3, shapes={"wide": (5, 12)})
+    strided = {"wide": dense["wide"].T.contiguous().T}
+    subspace.project_(dense)
+    stats = subspace.project_(strided)
+    assert torch.equal(strided["wide"], dense["wide"])
+    assert stats.residual < 1e-6
+
+
+def test_without_a_rank_at_most_half_of_the_inputs_are_kept():
+    references = [random_gradients(seed, shapes={"square": (64, 64)}) for seed in (1, 2)]
+    stats = Subspace.from_gradients(references, scope="inputs").project_(
+        random_gradients(3, shapes={"square": (64, 64)})
+    )
+    assert stats.removed == pytest.approx(math.sqrt(0.5), abs=0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
 @pytest.mark.parametrize("rank", [1, 3, 5])

@@ -64,16 +64,19 @@ def has_media_tokens(template: Any) -> bool:
     return plugin.image_token is not None or plugin.audio_token is not None
 
 
-def packs_reference_sets(stage: str, data_args: Any, model_args: Any, template: Any) -> bool:
+def packs_reference_sets(stage: str, data_args: Any, model_args: Any, template: Any, scope: str) -> bool:
     """Decide whether reference samples are packed, as the training samples are.
 
     LLaMA-Factory packs in the stages pt and sft only. Neat packing keeps the samples of a sequence apart, so that a loss
-    is the same without it; and with it, LLaMA-Factory cannot collate a batch without images for a multimodal model.
-    For such a model reference samples are packed with FlashAttention 2 only, which cannot collate unpacked batches.
+    is the same without it; and with it, LLaMA-Factory cannot collate a batch without images for a multimodal model. For
+    such a model, and for scope `inputs`, which keeps some tokens of each sample and none of the padding, reference
+    samples are packed only with neat packing and FlashAttention 2, which cannot collate unpacked batches.
     """
     if stage not in ("pt", "sft") or not data_args.packing:
         return False
-    return not (data_args.neat_packing and has_media_tokens(template)) or model_args.flash_attn == "fa2"
+    if scope == "inputs" or (data_args.neat_packing and has_media_tokens(template)):
+        return data_args.neat_packing and model_args.flash_attn == "fa2"
+    return True
 
 
 def without_media(samples: Iterable[dict[str, Any]]) -> int:
@@ -122,7 +125,7 @@ def load_reference_sets(
     """
     info = known_datasets(data_args.dataset_dir) or {}
     num_samples = finetuning_args.ogpsa_num_samples
-    packing = packs_reference_sets(finetuning_args.stage, data_args, model_args, template)
+    packing = packs_reference_sets(finetuning_args.stage, data_args, model_args, template, finetuning_args.ogpsa_scope)
     sets = []
     for name in finetuning_args.ogpsa_dataset:
         loss = choose_loss(finetuning_args.stage, finetuning_args.ogpsa_loss, info.get(name, _UNKNOWN))

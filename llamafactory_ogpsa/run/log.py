@@ -202,8 +202,9 @@ class StepLog:
         if self.idle_steps < _MOST_REMOVED_STEPS and self._settings.method != "monitor":
             self.idle_steps = self.idle_steps + 1 if row["removed"] > _MOST_REMOVED else 0
             if self.idle_steps == _MOST_REMOVED_STEPS:
+                other = "" if self._settings.scope == "inputs" else " or `ogpsa_method: conflict`"
                 self._warn(
                     f"OGPSA has removed more than {_MOST_REMOVED:.0%} of the gradient at {_MOST_REMOVED_STEPS} logged "
                     "steps in a row: the run hardly learns. Are the `ogpsa_dataset` sets the training data? A lower "
-                    "`ogpsa_rank` or `ogpsa_method: conflict` leaves more."
+                    f"`ogpsa_rank`{other} leaves more."
                 )

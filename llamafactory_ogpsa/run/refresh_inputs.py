@@ -44,6 +44,7 @@ class InputBasis:
         """
         self._settings = settings
         self._engine = engine
+        self._model = model
         self._modules = find_modules(engine, model)
         self._transposed = {index for module, index in self._modules if is_transposed(module)}
         if self._transposed and engine.processes.sharded:
@@ -71,19 +72,18 @@ class InputBasis:
 
         Returns:
             the subspace, and the reference losses by the name of the set.
+
+        Raises:
+            RuntimeError: a fused kernel hides the inputs of all trained matrices, or those of the output head.
         """
         recorder = Recorder(self._modules, sum(map(len, passes.indices)))
-        with recorder.recording():
+        with recorder.recording(self._model):
             losses = passes.run_forward(recorder.begin_batch, recorder.end_batch)
         protected = self._protect(recorder)
-        subspace = self._wrap(protected)
-        if self._settings.method != "monitor":
-            self._keep_out(subspace)
-            pairs = zip(self._engine.names, protected, strict=True)
-            subspace = self._wrap(
-                [Protected(unreached=True) if name in self.unreached else item for name, item in pairs]
-            )
-        return subspace, losses
+        self._keep_out(protected)
+        pairs = zip(self._engine.names, protected, strict=True)
+        items = [Protected(unreached=True) if name in self.unreached else item for name, item in pairs]
+        return self._wrap(items), losses
 
     @torch.no_grad()
     def _protect(self, recorder: Recorder) -> list[Protected]:
@@ -95,15 +95,16 @@ class InputBasis:
         inputs_of: dict[int, tuple] = {}
         for indices in shared:
             inputs_of |= {index: (*inputs_of.get(index, ()), indices) for index in indices}
+        self._check_seen(inputs_of)
         for sources in dict.fromkeys(inputs_of.values()):
             indices = [index for index, own in inputs_of.items() if own == sources]
             width = self._width(indices[0])
             rows = torch.cat([self._gather(recorder.rows(source, width)) for source in sources])
-            directions = leading_directions(rows.to(self._engine.device), self.rank)
-            directions = processes.agree(directions)
+            # Not on the engine's device: with ZeRO's CPU offload that is the host, where it would take an hour.
+            directions = self._agree(leading_directions(rows.to(processes.device), self.rank))
             # Without a direction (an expert that is called with no token) there is no basis.
             for index in indices if len(directions) else ():
-                own = directions[: self._most(index)].contiguous()
+                own = directions[: self._most(index)].contiguous().to(self._engine.device)
                 protected[index] = Protected(own, index in self._transposed)
         for index in processes.union(recorder.tokens):
             if protected[index].basis is None:
@@ -111,6 +112,29 @@ class InputBasis:
                 seen = processes.sum(recorder.tokens.get(index, none).to(torch.int32)) > 0
                 protected[index] = Protected(width=self._shapes[index][1], tokens=seen.to(self._engine.device))
         return protected
+
+    def _check_seen(self, inputs_of: dict[int, tuple]) -> None:
+        """Raise a RuntimeError where a kernel that does not call its modules hides what must be seen."""
+        trained = {index for _, index in self._modules}
+        read_head = getattr(self._model, "get_output_embeddings", lambda: None)
+        head = getattr(read_head(), "weight", None)
+        heads = {index for index in trained if self._engine.parameters[index] is head}
+        matrices = any(len(shape) == 2 for shape in self._shapes)
+        hidden = "the output head" if heads - inputs_of.keys() else "any weight matrix"
+        if heads - inputs_of.keys() or (matrices and not inputs_of):
+            raise RuntimeError(
+                f"`ogpsa_scope` is 'inputs', and the inputs of {hidden} that is trained are not to be seen: no module "
+                "was called with them. Fused kernels, such as those of `enable_liger_kernel` and `use_unsloth`, hide "
+                "them; allowed: without these, or another scope."
+            )
+
+    def _agree(self, directions: torch.Tensor) -> torch.Tensor:
+        """Return the first process's directions in all; machines may differ in how many they find."""
+        processes = self._engine.processes
+        count = int(processes.agree(torch.tensor(len(directions))))
+        shared = directions.new_zeros(count, directions.shape[1])
+        shared[: len(directions)] = directions[:count]
+        return processes.agree(shared)
 
     def _gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows of all processes."""
@@ -133,10 +157,13 @@ class InputBasis:
         return {positions[b]: positions[a] for b, a in pairs.items() if a in positions}
 
     @torch.no_grad()
-    def _keep_out(self, subspace: InputSubspace) -> None:
-        """Take the reference inputs' directions out of every `A` whose `B` is zero, if `A` has a basis."""
+    def _keep_out(self, protected: list[Protected]) -> None:
+        """Take the reference inputs' directions out of every `A` whose `B` is zero, if `A` has a basis.
+
+        With `monitor` no `A` is changed; its `B` counts as unreached all the same, as in the run that it stands for.
+        """
         weights = self._engine.weights()
-        adapters = {b: a for b, a in self._adapters().items() if subspace.protected[a].basis is not None}
+        adapters = {b: a for b, a in self._adapters().items() if protected[a].basis is not None}
         zero = [float(weights[b] is None or not weights[b].part_of(weights[b].optimized).any()) for b in adapters]
         everywhere = self._engine.processes.totals(zero)
         size = self._engine.processes.size
@@ -145,10 +172,11 @@ class InputBasis:
 
         def keep_out(index: int, rows: torch.Tensor) -> None:
             # With ZeRO's CPU offload the bases are on the host, and the weights are not.
-            basis, kernel = subspace.protected[index].basis.to(rows.device), TorchRows()
+            basis, kernel = protected[index].basis.to(rows.device), TorchRows()
             kernel.apply_(rows, kernel.coefficients(rows, basis)[0], basis, None)
 
-        self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
+        if self._settings.method != "monitor":
+            self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
 
     def restore(self, read: Read, names: set[str]) -> InputSubspace:
         """Make the bases of a checkpoint's tensors.
@@ -181,4 +209,6 @@ class InputBasis:
 
     def made_by(self) -> dict[str, Any]:
         """Return the options that the bases depend on for what they are, and not only for how good they are."""
-        return {"ogpsa_rank": self.rank, "ogpsa_scope": self._settings.scope}
+        made_by = {"ogpsa_rank": self.rank, "ogpsa_scope": self._settings.scope}
+        # With `monitor` no `A` is changed, so that a run that goes on with `orthogonal` would not be protected.
+        return made_by | ({"ogpsa_method": self._settings.method} if self._adapters() else {})

@@ -250,7 +250,7 @@ def record_what_is_gathered(reshard):
     recorder = Recorder(modules, 1)
     with torch.no_grad():
         model(ids)
-    with torch.no_grad(), recorder.recording():
+    with torch.no_grad(), recorder.recording(model):
         recorder.begin_batch({}, 1)
         before = model(ids)
         recorder.end_batch(finite=True)

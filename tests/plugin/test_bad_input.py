@@ -46,6 +46,14 @@ CASES = [
         "`ogpsa_method` is 'conflict', .*`ogpsa_scope: inputs` has none; allowed with it: orthogonal, monitor",
     ),
     (
+        {"ogpsa_scope": "inputs", "finetuning_type": "lora", "use_dora": True},
+        "`use_dora` is True: .*`ogpsa_scope: inputs`.*allowed with it: False",
+    ),
+    (
+        {"ogpsa_scope": "inputs", "finetuning_type": "oft"},
+        "`finetuning_type` is 'oft', .*`ogpsa_scope: inputs`.*allowed with it: full, freeze, lora",
+    ),
+    (
         {"ogpsa_scope": "inputs", "ogpsa_rank": 4097},
         "`ogpsa_rank` is 4097; allowed with `ogpsa_scope: inputs`: 1 to 4096",
     ),

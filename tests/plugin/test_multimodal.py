@@ -94,25 +94,29 @@ def test_text_in_a_packed_multimodal_run_has_the_loss_that_it_has_unpacked(visio
 
 
 @pytest.mark.parametrize(
-    ("stage", "packing", "neat", "image_token", "flash_attn", "packed"),
+    ("stage", "packing", "neat", "image_token", "flash_attn", "scope", "packed"),
     [
-        ("sft", True, True, None, "auto", True),
-        ("sft", True, True, "<image>", "auto", False),
-        ("sft", True, True, "<image>", "fa2", True),
-        ("sft", True, False, "<image>", "auto", True),
-        ("pt", True, False, None, "auto", True),
-        ("pt", False, False, None, "auto", False),
-        ("dpo", True, False, None, "auto", False),
-        ("kto", True, False, None, "auto", False),
+        ("sft", True, True, None, "auto", "parameter", True),
+        ("sft", True, True, "<image>", "auto", "parameter", False),
+        ("sft", True, True, "<image>", "fa2", "parameter", True),
+        ("sft", True, False, "<image>", "auto", "parameter", True),
+        ("pt", True, False, None, "auto", "parameter", True),
+        ("pt", False, False, None, "auto", "parameter", False),
+        ("dpo", True, False, None, "auto", "parameter", False),
+        ("kto", True, False, None, "auto", "parameter", False),
+        ("sft", True, False, None, "auto", "inputs", False),
+        ("sft", True, True, None, "auto", "inputs", False),
+        ("sft", True, True, None, "fa2", "inputs", True),
+        ("pt", True, False, None, "auto", "inputs", False),
     ],
 )
-def test_which_reference_sets_are_packed(stage, packing, neat, image_token, flash_attn, packed):
+def test_which_reference_sets_are_packed(stage, packing, neat, image_token, flash_attn, scope, packed):
     from llamafactory_ogpsa.plugin.datasets import packs_reference_sets
 
     data_args = SimpleNamespace(packing=packing, neat_packing=neat)
     template = SimpleNamespace(mm_plugin=SimpleNamespace(image_token=image_token, audio_token=None))
     model_args = SimpleNamespace(flash_attn=flash_attn)
-    assert packs_reference_sets(stage, data_args, model_args, template) is packed
+    assert packs_reference_sets(stage, data_args, model_args, template, scope) is packed
 
 
 @pytest.mark.usefixtures("no_model")

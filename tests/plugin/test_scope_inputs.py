@@ -133,7 +133,13 @@ def test_monitor_is_the_stock_run(base_args, tmp_path, change):
     run_here({**base_args, **change, "output_dir": str(tmp_path / "stock")})
     run_here({**base_args, **INPUTS, **change, "ogpsa_method": "monitor"})
     assert same_weights(base_args["output_dir"], str(tmp_path / "stock"))
-    assert all(row["removed"] > 0.1 for row in read_rows(base_args["output_dir"])[0])
+    removed = [row["removed"] for row in read_rows(base_args["output_dir"])[0]]
+    if change is LORA:
+        # Of LoRA a run removes a part of A's gradient alone, which is zero where B is.
+        assert removed[0] == 0
+        assert all(0 < share < 0.5 for share in removed[1:]), removed
+    else:
+        assert all(share > 0.1 for share in removed)
 
 
 @pytest.mark.parametrize("change", [{}, LORA], ids=["full", "lora"])

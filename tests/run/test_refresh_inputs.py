@@ -1,5 +1,6 @@
 """What scope `inputs` records of a forward pass, and what it refuses to train."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -30,33 +31,141 @@ class Loss:
         return self.model(batch["x"]).square().mean() * (weight / total)
 
 
-def compute(model, inputs):
+def compute(model, inputs, processes=None, basis=None):
     """Make bases from inputs `[samples, in]`, in batches of one; return the subspace and the losses."""
     engine = ReplicatedEngine(model)
+    engine.processes = processes or engine.processes
     collate = lambda samples: {"x": torch.stack([sample["x"] for sample in samples])}
     reference = ReferenceSet("set", [{"x": row} for row in inputs], collate, Loss(model))
-    return InputBasis(SETTINGS, engine, model).compute(
-        ReferencePasses([reference], [list(range(len(inputs)))], 1, engine)
-    )
+    basis = basis or InputBasis(SETTINGS, engine, model)
+    return basis.compute(ReferencePasses([reference], [list(range(len(inputs)))], 1, engine))
 
 
-def test_the_identity_that_dora_passes_through_its_adapter_is_no_input():
+def record(model, batch, count, *inputs, **kwargs):
+    """Record one forward pass."""
+    recorder = Recorder(find_modules(ReplicatedEngine(model), model), count)
+    with recorder.recording(model):
+        recorder.begin_batch(batch, count)
+        model(*inputs, **kwargs)
+        recorder.end_batch(finite=True)
+    return recorder
+
+
+def test_inputs_that_are_cast_for_each_module_are_kept_once():
+    """As PEFT casts them for adapters in float32 on a model in bfloat16."""
+
+    class Cast(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.down = (torch.nn.Linear(8, n, bias=False) for n in (8, 4, 8))
+
+        def forward(self, x):
+            return self.query(x.float()).sum() + self.key(x.float()).sum() + self.down(2 * x.float()).sum()
+
+    inputs = torch.randn(3, 8).bfloat16()
+    recorder = record(Cast(), {}, 3, inputs)
+    assert sorted(recorder.shared) == [(0, 1), (2,)]
+    torch.testing.assert_close(recorder.rows((0, 1), 8), inputs.float())
+
+
+def test_rows_that_are_not_finite_are_left_out():
+    inputs = torch.randn(3, 8)
+    inputs[1, 2] = math.inf
+    rows = record(torch.nn.Linear(8, 8, bias=False), {}, 3, inputs).rows((0,), 8)
+    torch.testing.assert_close(rows, inputs[::2])
+
+
+def test_a_pass_of_another_batch_is_not_recorded():
+    """KTO's loss runs the prompts with answers of other prompts too."""
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9, bias=False)
+
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids))
+
+    model, ids = Model(), torch.tensor([[1, 2, 3]])
+    recorder = Recorder(find_modules(ReplicatedEngine(model), model), 1)
+    with recorder.recording(model):
+        recorder.begin_batch({"input_ids": ids, "kl_input_ids": ids + 3}, 1)
+        model(input_ids=ids)
+        model(input_ids=ids + 3)
+        model(input_ids=ids[:, :2])
+        recorder.end_batch(finite=True)
+    assert recorder.tokens[0].nonzero().flatten().tolist() == [1, 2, 3]
+    torch.testing.assert_close(recorder.rows((1,), 8), model.embed.weight[1:4].detach())
+
+
+def test_a_router_is_recorded():
+    class TopKRouter(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight)
+
+    inputs = torch.randn(3, 8)
+    torch.testing.assert_close(record(torch.nn.Sequential(TopKRouter()), {}, 3, inputs).rows((0,), 8), inputs)
+
+
+class Fused(torch.nn.Module):
+    """Multiplies by its head's weight without calling the head, as a fused loss does."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers, self.head = torch.nn.Sequential(*layers), torch.nn.Linear(8, 9, bias=False)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, x):
+        return self.layers(x) @ self.head.weight.T
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [([torch.nn.Linear(8, 8)], "the inputs of the output head"), ([], "the output head")]
+)
+def test_a_head_whose_inputs_are_hidden_stops_the_run(layers, message):
+    with pytest.raises(RuntimeError, match=f"{message}.*enable_liger_kernel.*allowed: without these"):
+        compute(Fused(layers), torch.randn(2, 8))
+
+
+def test_a_run_none_of_whose_matrices_is_seen_stops():
+    model = Fused([])
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(RuntimeError, match="the inputs of any weight matrix"):
+        compute(model, torch.randn(2, 8))
+
+
+def test_processes_that_find_fewer_or_more_directions_take_those_of_the_first():
+    class Second(Processes):
+        """Stands for a process whose first one has found two directions."""
+
+        def agree(self, numbers):
+            return torch.tensor(2) if numbers.dim() == 0 else torch.eye(8)[: len(numbers)]
+
+    for own in (1, 3):
+        subspace, _ = compute(torch.nn.Linear(8, 8, bias=False), torch.eye(8)[2 : 2 + own], Second())
+        torch.testing.assert_close(subspace.protected[0].basis, torch.eye(8)[:2])
+
+
+@pytest.mark.parametrize("method", ["orthogonal", "monitor"])
+def test_monitor_counts_b_as_unreached_and_leaves_a(method):
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(0)
-    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
-    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2, use_dora=True, init_lora_weights=False))
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2))
     engine = ReplicatedEngine(model)
-    recorder = Recorder(find_modules(engine, model), 3)
-    inputs = torch.randn(3, 8)
-    with recorder.recording():
-        recorder.begin_batch({}, 3)
-        model(inputs)
-        recorder.end_batch(finite=True)
-    a, b = (next(i for i, name in enumerate(engine.names) if kind in name) for kind in ("lora_A", "lora_B"))
-    assert sorted(recorder.shared) == sorted([(a,), (b,)])
-    torch.testing.assert_close(recorder.rows((a,), 8), inputs)
-    torch.testing.assert_close(recorder.rows((b,), 2), inputs @ engine.parameters[a].detach().T)
+    before = [param.detach().clone() for param in engine.parameters]
+    basis = InputBasis(SimpleNamespace(**{**vars(SETTINGS), "method": method}), engine, model)
+    subspace, _ = compute(model, torch.eye(8)[:2], basis=basis)
+    unreached = [name for name, item in zip(subspace.names, subspace.protected, strict=True) if item.unreached]
+    assert ["lora_B" in name for name in unreached] == [True]
+    changed = [not torch.equal(old, new) for old, new in zip(before, engine.parameters, strict=True)]
+    assert any(changed) == (method == "orthogonal")
+    assert basis.made_by()["ogpsa_method"] == method
 
 
 @pytest.mark.parametrize(("samples", "tokens"), [(2, 60), (ROWS // 32, 32), (ROWS, FEWEST_TOKENS), (0, 60)])
@@ -66,7 +175,7 @@ def test_few_samples_give_more_of_their_tokens_and_many_still_enough(samples, to
     recorder = Recorder(find_modules(engine, model), samples)
     inputs, labels = torch.randn(1, 60, 8), torch.full((1, 60), -100)
     labels[0, 41:] = 1
-    with recorder.recording():
+    with recorder.recording(model):
         recorder.begin_batch({"attention_mask": torch.ones(1, 60), "labels": labels}, 1)
         model(inputs)
         recorder.end_batch(finite=True)
