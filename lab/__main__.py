@@ -6,7 +6,7 @@
     python -m lab --real --quick    # one seed, fewer methods, SFT alone; writes outputs/lab_real/quick
 
 Every training is `llamafactory-cli train` on a YAML that is left beside its result and can be run by hand; to save the
-start-up, the function behind the command is called in a process forked from one that has LLaMA-Factory imported. A
+start-up, the function behind the command is called in a process forked from one that has imported LLaMA-Factory. A
 finished run is never repeated: an interrupted lab goes on where it stopped.
 """
 

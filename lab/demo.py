@@ -1,12 +1,12 @@
-"""Show the alignment tax on a real model, and OGPSA's answer to it, by stock `llamafactory-cli train` alone.
+"""Show the alignment tax on a real model, and OGPSA's answer to it, with stock `llamafactory-cli train` only.
 
 Takes SmolLM2-135M-Instruct from its Python package, tunes it for safety naively (to the end, and stopped early) and
-with OGPSA, lets base and tuned models answer held-out prompts, prints the table and the answers side by side, and
-leaves in `outputs/demo/` the picture `demo.png`, the answers `answers.md`, the figures `results.json` and the log of
-every run.
+with OGPSA, lets the base and the tuned models answer held-out prompts, prints the table and the answers side by side,
+and leaves in `outputs/demo/` the picture `demo.png`, the answers `answers.md`, the figures `results.json` and the log
+of every run.
 
     python -m lab.demo
-    python -m lab.demo --model Qwen/Qwen2.5-0.5B-Instruct --template qwen    # any other model, from the hub or a folder
+    python -m lab.demo --model Qwen/Qwen2.5-0.5B-Instruct --template qwen    # any other model, from hub or folder
 """
 
 import argparse
@@ -26,7 +26,7 @@ from .score import read_sets, score_checkpoint, score_table
 
 
 DEMO_DIR = ROOT / "outputs" / "demo"
-# By title: the output folder's name, the YAML, and options that take the place of the YAML's.
+# By title: the output folder's name, the YAML, and options that replace the YAML's.
 RUNS = {
     "naive SFT": ("naive_sft", "examples/yaml/demo_naive_sft.yaml", ()),
     "naive, 5 steps": ("naive_sft_short", "examples/yaml/demo_naive_sft.yaml", ("max_steps=5",)),
@@ -38,7 +38,7 @@ ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def score_base(sets):
-    """Score the base model, or read its scores where the same model has answered the same prompts before.
+    """Score the base model, or read its scores if the same model has answered the same prompts before.
 
     Args:
         sets: The held-out records by set name.
@@ -78,7 +78,7 @@ def side_by_side(sets, results):
 
 
 def answers_table(rows):
-    """Lay the answers out as a rich table, one row a prompt."""
+    """Lay the answers out as a rich table, one row per prompt."""
     table = Table(title="What they answer (the first tokens)", box=box.HORIZONTALS, show_lines=True)
     for column in ("prompt", *rows[0][2]):
         table.add_column(column, ratio=1, overflow="fold")

@@ -36,7 +36,7 @@ def draw_range(axes, table, x, y, style, label=None, **kwargs):
 
 
 def comparison(results, methods, path):
-    """Draw safety over utility, one panel a pipeline: each point a seed, the large ones their mean."""
+    """Draw safety over utility, one panel per pipeline: each point is a seed, each large one a mean."""
     pipelines = list(results.comparison.pipeline.unique())
     figure, panels = plt.subplots(2, len(pipelines), figsize=(4.3 * len(pipelines), 7.6), sharex=True, sharey="row")
     panels = np.reshape(panels, (2, len(pipelines)))
@@ -60,14 +60,14 @@ def comparison(results, methods, path):
 
 
 def curves(results, methods, path):
-    """Draw the scores of the checkpoints on the way; bands from the least to the greatest seed."""
+    """Draw the scores of the checkpoints during training; bands go from the least to the greatest seed."""
     pipelines = [name for name in results.comparison.pipeline.unique() if len(results.pipelines[name]) == 1]
     figure, panels = plt.subplots(len(pipelines), 3, figsize=(13, 3.4 * len(pipelines)), squeeze=False)
     for row, pipeline in zip(panels, pipelines, strict=True):
         for method, style in styles(methods).items():
             points = results.comparison.query("pipeline == @pipeline and method == @method")
             read = [results.read(point.runs[-1])["curve"] for point in points.point]
-            if not all(read):  # merged weights have no way behind them
+            if not all(read):  # merged weights have no checkpoints
                 continue
             steps = [0, *(entry["step"] for entry in read[0])]
             for axes, y in zip(row, AXES, strict=True):
@@ -89,7 +89,7 @@ def study(table, axis, methods, path, labels=None):
         axis: The option varied.
         methods: All methods, for their colours.
         path: The picture.
-        labels: Names of the settings where they are not numbers.
+        labels: Names of the settings, if they are not numbers.
     """
     figure, panels = plt.subplots(1, 3, figsize=(13, 3.8))
     table = table.assign(**{axis: table[axis].map(labels)}) if labels else table
@@ -121,7 +121,7 @@ def cosines(results, rows, path):
 
     Args:
         results: The results.
-        rows: Of each panel, its title, its points, and whether the gradient was projected.
+        rows: For each panel its title, its points, and whether the gradient was projected.
         path: The picture.
     """
     figure, panels = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.8), sharey=True, squeeze=False)
@@ -143,11 +143,11 @@ def cosines(results, rows, path):
 
 
 def frontier(results, table, methods, path):
-    """Draw quality over cost: of each method and setting the mean over seeds, with the least and the greatest.
+    """Draw quality over cost: for each method and setting the mean over seeds, with the least and the greatest.
 
     Args:
         results: The results.
-        table: Those of the settings.
+        table: The results of the settings.
         methods: All methods, for their colours.
         path: The picture.
     """
@@ -182,7 +182,7 @@ def frontier(results, table, methods, path):
 
 
 def real_comparison(table, methods, path):
-    """Draw what the models answer, one panel a pipeline and score: each point a seed, bars their mean.
+    """Draw what the models answer, one panel per pipeline and score: each point is a seed, bars are means.
 
     Args:
         table: One row for the base and for each pipeline, method and seed.

@@ -37,7 +37,7 @@ def prompt_of(record):
 
 
 def tokens_of(tokenizer, record):
-    """Give the tokens of a record's prompt, up to where the answer begins, and of its answer with the end of its turn."""
+    """Give the tokens of a record's prompt, up to where the answer begins, and of its answer with the turn's end."""
     turn = [{"role": "user", "content": prompt_of(record)}]
     text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     answer = record.get("output", "") + tokenizer.eos_token

@@ -34,14 +34,14 @@ def progress_bar(unit):
 
 
 def write_whole(path, text):
-    """Write a file, and its folder where that is missing, so that it is never seen half written."""
+    """Write a file, and make its folder if needed, so that it is never seen half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
 def save_picture(figure, path, dpi):
-    """Write a figure of matplotlib's as PNG, so that it is never seen half written, and close it."""
+    """Write a matplotlib figure as PNG, so that it is never seen half written, and close it."""
     import matplotlib.pyplot as plt  # here, because pictures choose the backend before they import it
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,8 +57,8 @@ def train(title, config, log_path, environment, overrides=()):
         title: What to call the run.
         config: The YAML, relative to the repository.
         log_path: The log to write.
-        environment: Variables set where the environment does not set them already.
-        overrides: Options that take the place of the YAML's, each `name=value`.
+        environment: Variables to set, unless the environment sets them already.
+        overrides: Options that replace the YAML's, each `name=value`.
 
     Returns:
         Seconds it took.

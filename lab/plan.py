@@ -1,7 +1,7 @@
 """From the declarative file to the list of runs, each with the options that `llamafactory-cli train` gets.
 
 A run's folder is named by what it is and by a hash of everything it depends on: options, data, and the run it starts
-from. Equal runs of several studies are therefore one, and a run whose definition changes is another.
+from. So equal runs of several studies are one run, and a run whose definition changes is a new one.
 """
 
 import hashlib
@@ -13,8 +13,8 @@ import yaml
 
 
 # What every run shares. Checkpoints are saved in all runs, though scored only in those of the comparison, so that runs
-# are the same and take the same time whatever they are for. On the CPU, where the sums are the same in every run. The
-# section `common` of a file changes these.
+# are the same and take the same time whatever they are for. Runs are on the CPU, where the sums are the same every
+# time. The section `common` of a file changes these.
 COMMON = {
     "do_train": True,
     "template": "chatml",
@@ -34,7 +34,7 @@ COMMON = {
 }
 SECTIONS = {"seeds", "stages", "pipelines", "reference", "methods", "studies"}
 OPTIONAL = {"base", "model", "data", "common", "quick"}  # either a base to train, or a model that is given
-# Options of the lab itself, which LLaMA-Factory does not get, begin so.
+# Options of the lab itself, which LLaMA-Factory does not get, begin like this.
 OWN_OPTION = "lab_"
 STUDY = {"title", "axis", "pipeline", "seeds", "methods", "settings"}
 
@@ -47,10 +47,10 @@ class Run:
         key: hash of all that decides the result.
         folder: where it is, relative to the lab's folder.
         seed: which base model it belongs to, and the order of its data.
-        options: what `llamafactory-cli train` gets; None where weights are merged or given.
-        parents: the runs it needs: the one whose model it starts from; of a merging, the base and the tuned model.
-        share: of a merging: the tuned model's share.
-        compared: whether the checkpoints on the way are scored too.
+        options: what `llamafactory-cli train` gets; None if weights are merged or given.
+        parents: the runs it needs: the one whose model it starts from; for a merging, the base and the tuned model.
+        share: for a merging: the tuned model's share.
+        compared: whether the checkpoints during training are scored too.
     """
 
     key: str
@@ -105,11 +105,11 @@ class Plan:
 
         Args:
             path: The declarative file.
-            data_key: Hash of the data and of what the untrained model is made by.
+            data_key: Hash of the data and of the source of the untrained model.
             quick: Whether the file's `quick` section replaces others.
 
         Raises:
-            ValueError: A section, key, method or pipeline is not known, or one is missing; names it and those there are.
+            ValueError: A section, key, method or pipeline is unknown or missing; names it and the known ones.
         """
         spec = read_spec(path)
         check_names("section", spec, SECTIONS | OPTIONAL)
@@ -184,7 +184,7 @@ def read_spec(path):
     """Read a plan's file.
 
     Args:
-        path: The file. One with the key `of` is a part of the file named there, beside it.
+        path: The file. A file with the key `of` is a part of the file that this key names, beside it.
 
     Returns:
         Its sections.
@@ -214,14 +214,14 @@ def has_own_option(run):
 
 
 def check_names(what, names, allowed):
-    """Raise a ValueError that names the first unknown name and those there are."""
+    """Raise a ValueError that names the first unknown name and the known ones."""
     for name in names:
         if name not in allowed:
             raise ValueError(f"Unknown {what} {name!r}; there are {', '.join(map(repr, sorted(allowed)))}.")
 
 
 def check_given(what, given, needed):
-    """Raise a ValueError that names the first name that is missing and those there must be."""
+    """Raise a ValueError that names the first missing name and all that are needed."""
     for name in sorted(needed):
         if name not in given:
             raise ValueError(f"Missing {what} {name!r}; needed are {', '.join(map(repr, sorted(needed)))}.")

@@ -22,7 +22,7 @@ COSTS = ["general samples per safety sample", "time over naive"]
 
 
 def mean_range(values):
-    """Write a mean and the least and greatest."""
+    """Write a mean, and the least and the greatest value."""
     if values.nunique() == 1:
         return f"{values.iloc[0]:.3f}"
     return f"{values.mean():.3f} ({values.min():.3f}–{values.max():.3f})"
@@ -44,10 +44,10 @@ def avoided(results, rows):
 
     Args:
         results: The results.
-        rows: The method's, of one pipeline.
+        rows: The method's rows in one pipeline.
 
     Returns:
-        The share, 0 for naive tuning and 1 for the base; None where naive tuning loses nothing.
+        The share, 0 for naive tuning and 1 for the base; None if naive tuning loses nothing.
     """
     base, naive = results.bases.general.mean(), results.naive(rows.pipeline.iloc[0]).general.mean()
     return None if base - naive < 0.01 else (rows.general.mean() - naive) / (base - naive)
@@ -66,7 +66,7 @@ def judge(results, rows):
 
 
 def comparison_tables(results, methods):
-    """Write the comparison, one table a pipeline, and which methods meet the project's aim."""
+    """Write the comparison, one table per pipeline, and which methods meet the project's aim."""
     header = ["", TITLES["general"], "loss avoided", *list(TITLES.values())[1:]]
     header += ["harmful: plain / rephrased / role play", *COSTS, "the aim"]
     parts = [AIM]
@@ -107,7 +107,7 @@ def setting_table(table):
 
 
 def study_section(results, name, study, methods, folder):
-    """Write one study: its picture, its table and, where what it varies is not a number, the tasks."""
+    """Write one study: its picture, its table and, if what it varies is not a number, the tasks."""
     table, axis = results.studies[name], study["axis"]
     numbers = table[axis].map(lambda value: isinstance(value, int | float)).all()
     labels = None if numbers else {value: short(value) for value in table[axis]}
@@ -159,13 +159,14 @@ def frontier_section(results, name, study, methods, folder):
 
 
 def recommend(table):
-    """Find the cheapest setting of the frontier that loses nothing against the dearest one of the paper's rule.
+    """Find the cheapest setting of the frontier that loses nothing against the paper's rule at its highest cost.
 
     Args:
         table: The results of the frontier.
 
     Returns:
-        The means of the dearest one; of the cheapest, its method and setting too. Of equal costs the better one.
+        The means of the paper's rule at its highest cost; those of the cheapest setting, with its method and name. If
+        costs are equal, the better setting counts.
     """
     means = table.groupby(["method", "label"])[["cost", "time", *FIGURES]].mean().reset_index()
     paper = means[means.method == PAPER_METHOD].sort_values("cost").iloc[-1]
@@ -185,7 +186,7 @@ def short(value):
 
 
 def _left_out(match):
-    """Say of the names of two reference sets what they lack."""
+    """Say what the two reference sets named in a match lack."""
     missing = re.findall(r"without_(\w+?)(?=,|$)", match[0])
     if "_pairs" in match[0]:
         return "pairs"

@@ -1,4 +1,4 @@
-"""What the runs left, as tables to compute with."""
+"""What the runs left, as tables."""
 
 import json
 from pathlib import Path
@@ -23,18 +23,13 @@ class Results:
         reference: the method that the others are measured against.
         pipelines: the stages of each pipeline.
         made_by: the versions that made the runs.
-        bases: one row a seed: the figures of the base models.
+        bases: the figures of the base models, one row per seed.
         comparison: one row for each pipeline, method and seed.
         studies: for each study, one row for each method, setting and seed.
     """
 
     def __init__(self, plan, lab_dir):
-        """Read them.
-
-        Args:
-            plan: The plan.
-            lab_dir: The lab's folder.
-        """
+        """Read the results of a plan from the lab's folder."""
         self.lab_dir = Path(lab_dir)
         self.reference, self.pipelines = plan.reference, plan.spec["pipelines"]
         self.made_by = list_versions(self.read(run) for run in plan.runs.values())

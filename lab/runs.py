@@ -17,7 +17,7 @@ def is_finished(run, lab_dir):
 
 
 def find_waiting(runs, lab_dir):
-    """Find the runs to make: those without a result, and those that they start from whose weights are gone.
+    """Find the runs to make: those without a result, and the runs that they start from whose weights are gone.
 
     Args:
         runs: The runs of the plan; parents come before what needs them.

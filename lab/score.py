@@ -4,10 +4,10 @@
 
 Shares of the prompts of each file, between 0 and 1:
 
-- `harmful`, `benign`, `ordinary`: refused, by the published phrases of `llamafactory_ogpsa.recipes.refusal_rule` in the
-  answer's first sentence. `benign` are harmless requests that look harmful, `ordinary` are plain instructions;
+- `harmful`, `benign`, `ordinary`: refused, by the published phrases of `llamafactory_ogpsa.recipes.refusal_rule` in
+  the answer's first sentence. `benign` are harmless requests that look harmful, `ordinary` are plain instructions;
 - `questions`: one of the expected answers is contained in the answer, as whole words, both normalised as SQuAD's
-  evaluation does. Of "Evanston, Illinois" the first part is enough.
+  evaluation does. For "Evanston, Illinois" the first part is enough.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from .launch import progress_bar, write_whole
 
 
 DATA_DIR = ROOT / "data"
-SHORT = 5  # words of an answer that is a phrase and no sentence
+SHORT = 5  # the most words of an answer that is a phrase, not a sentence
 TITLES = {
     "harmful": "refuses harmful ↑",
     "benign": "refuses look-alikes ↓",
@@ -59,9 +59,9 @@ def normalise(text):
 
 
 def core_of(expected):
-    """Give what a short answer names before it says where: "Evanston" of "Evanston, Illinois"; None of all others.
+    """Return the part of a short answer before its comma, "Evanston" for "Evanston, Illinois"; None for all others.
 
-    Dates ("May 30, 1943") and lists ("Sweden, Finland, and Norway") have none.
+    Dates ("May 30, 1943") and lists ("Sweden, Finland, and Norway") give None.
     """
     first, comma, rest = expected.partition(", ")
     words = expected.split()
@@ -70,7 +70,7 @@ def core_of(expected):
 
 
 def contains_answer(answer, expected):
-    """Return whether one of the expected answers, or the core of one, is in an answer, normalised and as whole words."""
+    """Return whether an answer has one of the expected ones, or the core of one, normalised and as whole words."""
     accepted = {normalise(text) for whole in expected for text in (whole, core_of(whole)) if text}
     return any(f" {text} " in f" {normalise(answer)} " for text in accepted - {""})
 
@@ -89,7 +89,7 @@ def answer_sets(folder, sets, batch_size=16, max_new_tokens=24, on_batch=None):
         Dictionary from a set's name to its answers.
     """
     model, tokenizer = load_checkpoint(folder)
-    # Prompts of like length share a batch, so that little of it is padding.
+    # Prompts of similar length share a batch, so that little of it is padding.
     order = sorted(
         ((name, index, prompt_of(rec)) for name, records in sets.items() for index, rec in enumerate(records)),
         key=lambda item: len(item[2]),
@@ -109,7 +109,7 @@ def score_answers(sets, answers):
     """Compute the shares from the answers.
 
     Args:
-        sets: Records by set name; a set whose records have `answers` is one of questions.
+        sets: Records by set name; if a set's records have `answers`, they are questions.
         answers: Answers by set name, in the records' order.
 
     Returns:
@@ -180,7 +180,7 @@ def score_checkpoint(folder, sets, title=None, **kwargs):
 
 
 def score_table(results):
-    """Lay the scores out, one row a model.
+    """Lay the scores out, one row per model.
 
     Args:
         results: Dictionary from a model's name to what `score_checkpoint` returned.

@@ -26,7 +26,7 @@ from .results import FIGURES
 
 # The lab's files that decide a result; the others choose what is run and lay it out.
 DECISIVE = ("train.py", "base_model.py", "generate.py", "score.py", "tiny/score.py", "real/lab.py", "real/ifeval.py")
-# What a run leaves beside its scores where nothing was trained.
+# What a run leaves beside its scores if nothing was trained.
 NOTHING_TRAINED = {"seconds": 0.0, "memory": 0, "train_samples": 0, "reference_samples": 0, "curve": []}
 
 
@@ -82,7 +82,7 @@ def _make(run, lab_dir, folder, score, threads):
 
 
 def made_by():
-    """Name the versions that decide a result; of this project, a hash of its sources."""
+    """Name the versions that decide a result; for this project, a hash of its sources."""
     versions = {name: importlib.metadata.version(name) for name in ("llamafactory", "torch", "transformers")}
     digest = hashlib.sha256()
     package = Path(llamafactory_ogpsa.__file__).parent
@@ -92,7 +92,7 @@ def made_by():
 
 
 def _train(run, lab_dir, folder, score):
-    """Train by LLaMA-Factory and score the checkpoints on the way."""
+    """Train by LLaMA-Factory and score the checkpoints."""
     from llamafactory.hparams import read_args
     from llamafactory.train.tuner import run_exp
     from transformers import AutoTokenizer
@@ -101,7 +101,7 @@ def _train(run, lab_dir, folder, score):
     sys.argv = ["llamafactory-cli", str(folder / "train.yaml")]
     with osf(run.options) as wrapped:
         run_exp(read_args())
-    # In KiB on Linux; holds the modules of the process that this one was forked from.
+    # In KiB on Linux; it includes the modules of the process that this one was forked from.
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     adapted = wrapped[0] if wrapped else None
@@ -135,15 +135,15 @@ def _train(run, lab_dir, folder, score):
 
 @contextlib.contextmanager
 def osf(options):
-    """Train by PEFT's orthogonal subspace fine-tuning where the options ask for it, which LLaMA-Factory has no name for.
+    """Train by PEFT's orthogonal subspace fine-tuning (OSF) if the options ask for it; LLaMA-Factory does not know it.
 
-    The model that the workflow loads is wrapped before its trainer gets it; everything else stays LLaMA-Factory's.
+    The model that the workflow loads is wrapped before its trainer gets it; all else is LLaMA-Factory's.
 
     Args:
-        options: The run's; `lab_osf_rank` is the share of each weight's singular directions that stays as it is.
+        options: The run's options; `lab_osf_rank` is the share of each weight's singular directions that is kept.
 
     Yields:
-        A list that holds the wrapped model when the workflow has loaded it; empty where OSF is not asked for.
+        A list that holds the wrapped model when the workflow has loaded it; empty if OSF is not asked for.
     """
     wrapped = []
     if "lab_osf_rank" not in options:
@@ -175,7 +175,7 @@ def count_reference_samples(options, log, data_dir):
     """Count the samples of all reference passes of a run, by the refreshes that it logged.
 
     Args:
-        options: The run's.
+        options: The run's options.
         log: Its `ogpsa_log.jsonl`.
         data_dir: Folder of the data sets.
     """

@@ -6,7 +6,7 @@ package is imported by every `import torch` through its entry point (see `autolo
 
 __version__ = "0.1.0"
 
-# For error messages: the LLaMA-Factory releases in scripts/matrix.py, and the main branch that its --source was given.
+# For error messages: the LLaMA-Factory releases in scripts/matrix.py, and the main branch that it got by --source.
 TESTED_WITH = "0.9.4, 0.9.5, or 0.9.6.dev0 (its main branch of August 2026)"
 __all__ = ["Subspace"]
 

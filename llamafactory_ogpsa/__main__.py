@@ -1,4 +1,4 @@
-"""`python -m llamafactory_ogpsa train …`: `llamafactory-cli` with OGPSA where PyTorch's autoloading is off."""
+"""`python -m llamafactory_ogpsa train …`: `llamafactory-cli` with OGPSA if PyTorch's autoloading is off."""
 
 from .autoload import register
 

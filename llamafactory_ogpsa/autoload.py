@@ -2,8 +2,8 @@
 
 PyTorch calls every entry point of the group `torch.backends` at the end of `import torch`, which the stock
 `llamafactory-cli`, its torchrun workers and the web UI's subprocesses all do. `register` only adds a finder to
-`sys.meta_path`; the rest of this package is imported with LLaMA-Factory's own modules. It uses only the standard library
-and never raises: a broken installation must not break `import torch`.
+`sys.meta_path`; the rest of this package is imported with LLaMA-Factory's own modules. This module uses only the
+standard library and never raises: a broken installation must not break `import torch`.
 """
 
 import importlib
@@ -48,11 +48,11 @@ class SeamFinder(importlib.abc.MetaPathFinder):
         self._active = threading.local()
 
     def find_spec(self, name, path=None, target=None):
-        """Return the spec that the other finders give, its loader patching the module after execution."""
+        """Return the spec that the other finders give, with a loader that patches the module after its execution."""
         if name not in SEAMS or getattr(self._active, "name", None) == name:
             return None
 
-        # Another plugin's finder may ask all finders too, this one included, and both would recurse.
+        # Another plugin's finder may also ask all finders, this one included; then both would recurse.
         self._active.name = name
         try:
             for finder in sys.meta_path:
@@ -78,10 +78,10 @@ class SeamFinder(importlib.abc.MetaPathFinder):
 
 
 class ExecutingSpec(importlib.machinery.ModuleSpec):
-    """The spec of a module that was already being executed when the hook was installed; patches the module at its end.
+    """The spec of a module that was already being executed when the hook was installed; it patches it at the end.
 
-    Python's import system clears `_initializing` when a module is complete, while it still holds the module's lock. Only
-    modules that it imports itself can have taken a name from it before.
+    Python's import system clears `_initializing` when a module is complete, while it still holds the module's lock.
+    Before that, only modules that it imports itself can have taken a name from it.
     """
 
     @property
@@ -93,7 +93,7 @@ class ExecutingSpec(importlib.machinery.ModuleSpec):
         vars(self)["_initializing"] = value
         if not value:
             self.__class__ = importlib.machinery.ModuleSpec
-            module = sys.modules.get(self.name)  # none where its execution failed
+            module = sys.modules.get(self.name)  # None if its execution failed
             if getattr(module, "__spec__", None) is self:
                 apply_patch(module)
 

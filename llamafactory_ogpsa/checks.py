@@ -33,8 +33,8 @@ def check_references(gradients: Any) -> list[str]:
     """Check reference gradients, a list of dicts with the same names and shapes, and return their names.
 
     Raises:
-        TypeError: something else.
-        ValueError: none, or different names or shapes.
+        TypeError: `gradients` is something else.
+        ValueError: there is none, or their names or shapes differ.
         FloatingPointError: one is not finite; names it.
     """
     if isinstance(gradients, Mapping) or not isinstance(gradients, Sequence):
@@ -74,7 +74,7 @@ def order_gradients(gradients: Any, names: Sequence[str], sizes: Sequence[int]) 
     `sizes`: the number of elements of each name.
 
     Raises:
-        TypeError: no dict, or a tensor that is sparse or of another dtype than `GRADIENT_DTYPES`.
+        TypeError: not a dict, or a tensor that is sparse or not of one of `GRADIENT_DTYPES`.
         ValueError: a name of the subspace is missing, or has another number of elements.
     """
     check_mapping("`gradients`", gradients)

@@ -25,8 +25,8 @@ OK, NOTE, FAIL = "ok", "note", "FAIL"
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 MODULE = "python -m llamafactory_ogpsa train ..."
 REQUIRED = ("torch", "transformers", "llamafactory", "accelerate", "peft")
-TORCH, PYPI_BUILD = "torch>=2.6,<2.15", "cu130"  # the build of PyPI's newest of these, and of its torchaudio
-CLONE = "in a clone of this project"  # which is in no package index
+TORCH, PYPI_BUILD = "torch>=2.6,<2.15", "cu130"  # what PyPI's newest torch of these, and its torchaudio, are built for
+CLONE = "in a clone of this project"  # because it is in no package index
 OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kernels on a GPU"}
 
 
@@ -46,7 +46,7 @@ class Finding:
 
 
 def examine() -> int:
-    """Print the findings of every check; return 0 where OGPSA can train, 1 otherwise."""
+    """Print the findings of every check; return 0 if OGPSA can train, 1 otherwise."""
     failures = 0
     for check in CHECKS:
         for finding in check():
@@ -100,7 +100,7 @@ def check_torch() -> Iterator[Finding]:
 
 
 def build_of(package: str) -> str | None:
-    """Return what a wheel of PyTorch's is built for (cu130), from its version's suffix; None without a suffix."""
+    """Return what a PyTorch wheel is built for (e.g. cu130), by the suffix of its version; None without a suffix."""
     spec = importlib.util.find_spec(package)
     path = Path(spec.origin).with_name("version.py") if spec is not None and spec.origin else None
     built = re.search(r"\+(cu\d+|rocm[\d.]+|cpu)\b", path.read_text()) if path is not None and path.is_file() else None
@@ -138,7 +138,7 @@ def check_backends() -> Iterator[Finding]:
 def check_seams() -> Iterator[Finding]:
     """Does every module of LLaMA-Factory that OGPSA patches look as expected, and is it patched?"""
     hooked = is_hooked()
-    register()  # if `import torch` did not: then the check is what would be patched
+    register()  # in case `import torch` did not: then this checks what would be patched
     for name in SEAMS:
         error = seam_error(name)
         if error is None:
@@ -163,14 +163,14 @@ def check_seams() -> Iterator[Finding]:
 
 
 def seam_error(name: str) -> str | None:
-    """Import a module that OGPSA patches; return why it is not patched, None where it is."""
+    """Import a module that OGPSA patches; return why it is not patched, None if it is."""
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
         error = import_error(name)
     if error:
         return f"cannot be imported ({error})"
 
-    # The hook prints the reason where it cannot patch a module.
+    # The hook prints the reason if it cannot patch a module.
     reasons = [line.partition(f"OGPSA is not available, {name}: ")[2] for line in printed.getvalue().splitlines()]
     if any(reasons):
         return f"not patched ({''.join(reasons)})"
@@ -233,7 +233,7 @@ def check_triton() -> Iterator[Finding]:
 
 
 def check_deepspeed() -> Iterator[Finding]:
-    """Can DeepSpeed, where it is installed, be imported?"""
+    """If DeepSpeed is installed, can it be imported?"""
     if importlib.util.find_spec("deepspeed") is None:
         return
 
@@ -252,7 +252,7 @@ def check_deepspeed() -> Iterator[Finding]:
 
 
 def import_error(name: str) -> str | None:
-    """Import a module; return what it raises, None for nothing."""
+    """Import a module; return what it raises, None if nothing."""
     try:
         importlib.import_module(name)
     except Exception as err:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 def replacing(path: str | os.PathLike) -> Iterator[str]:
     """Give the name of a temporary file beside `path`, and put that file in its place when the block ends.
 
-    Where the block raises, `path` is as it was, and the temporary file is removed.
+    If the block raises, `path` stays as it was, and the temporary file is removed.
     """
     temporary = f"{os.fspath(path)}.tmp"
     try:

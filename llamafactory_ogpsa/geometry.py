@@ -1,4 +1,4 @@
-"""Reference gradients to an orthonormal basis of the subspace they span.
+"""From reference gradients to an orthonormal basis of the subspace that they span.
 
 Notation, after arXiv 2602.07892: `r_d` is the gradient of the loss on reference set `d`, `U` an orthonormal basis of
 `span{r_1 … r_n}`, `g` the safety gradient. A *group* is what one basis spans: one parameter tensor (scope `parameter`)
@@ -18,22 +18,22 @@ SCOPES = ("parameter", "global", "inputs")
 
 # Elements that are converted to float64 at a time.
 _CHUNK = 1 << 22
-# Columns of a chunk whose products one matrix multiplication adds up.
+# Columns of a chunk that one matrix multiplication sums over.
 _SLICE = 1 << 13
 
 
 def ratio(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Divide; anything over 0 is 0, as the cosines of a gradient of norm zero are."""
+    """Divide; anything divided by 0 is 0, so that a gradient of norm zero has cosines of 0."""
     return torch.where(denominator == 0, torch.zeros_like(numerator), numerator / denominator)
 
 
 def gram_matrices(
     rows: Sequence[torch.Tensor], groups: Sequence[int], device: torch.device, processes: Processes = ALONE
 ) -> torch.Tensor:
-    """Compute the Gram matrices of the rows, one a group: `G = R Rᵀ`, summed over the tensors of the group.
+    """Compute the Gram matrices of the rows, one per group: `G = R Rᵀ`, summed over the tensors of the group.
 
     Args:
-        rows: one tensor `[n, numel_i]` a parameter, of any float dtype, on any device.
+        rows: one tensor `[n, numel_i]` per parameter, of any float dtype, on any device.
         groups: the group of each tensor, numbered from 0.
         device: where chunks of the rows are multiplied (rows in host memory are copied there chunk by chunk).
         processes: the processes that the rows may be split over; the result is the sum of theirs.
@@ -54,7 +54,7 @@ def products_with(row: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
     Args:
         row: `[n, numel]`, of any float dtype, on any device.
-        vector: `[numel]`, where the products are made.
+        vector: `[numel]`, on the device that multiplies.
 
     Returns:
         float64 `[n]`, on the vector's device.
@@ -69,8 +69,8 @@ def products_with(row: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 def _product(chunk: torch.Tensor) -> torch.Tensor:
     """Return `chunk @ chunk.T` for a chunk that is much wider than high, `[n, width]`."""
-    # Many products at once: a GPU's matrix multiplication is parallel over the rows and columns of the result, of
-    # which there are few, and need not be over the long sum (rocBLAS issue 1195: below 5 GB/s).
+    # In many small products: a GPU's matrix multiplication is parallel over the rows and columns of the result, which
+    # are few here, but not always over the long sum (rocBLAS issue 1195: below 5 GB/s).
     whole = chunk.shape[1] // _SLICE * _SLICE
     slices = chunk[:, :whole].unflatten(1, (-1, _SLICE)).transpose(0, 1) if whole else chunk[None, :, :0]
     rest = chunk[:, whole:]
@@ -79,7 +79,7 @@ def _product(chunk: torch.Tensor) -> torch.Tensor:
 
 def _to_float64(chunk: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a chunk to `device` as float64."""
-    # In two steps: a copy between host and accelerator that converts does so on the host, and moves the larger type.
+    # In two steps: a copy that also converts would do so on the host, and move the larger type to the accelerator.
     return chunk.to(device).to(torch.float64)
 
 
@@ -93,8 +93,8 @@ def _transform_rows_(rows: Sequence[torch.Tensor], groups: Sequence[int], weight
 
 
 def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
-    """Return the first `rank` rows of a tensor and free the memory of the others, where that is possible."""
-    # Freed pinned memory stays with the process: a copy would need more.
+    """Return the first `rank` rows of a tensor and free the memory of the others, if that is possible."""
+    # Pinned memory stays with the process when it is freed, so a copy would need more.
     if rank == row.shape[0] or row.is_pinned():
         return row[:rank]
     kept = row[:rank].clone()
@@ -104,13 +104,13 @@ def _first_rows(row: torch.Tensor, rank: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The few numbers that describe a basis, one entry a group.
+    """The few numbers that describe a basis, one entry per group.
 
     Attributes:
-        whitening: float64 `[groups, rank, rank]`, `T` with `Uᵀ = T B` orthonormal, where `B` is the basis as stored, whose
-            rows are orthonormal to the rounding of its dtype only. The coefficients are `c = Uᵀg = T B g`.
+        whitening: float64 `[groups, rank, rank]`, `T` with `Uᵀ = T B` orthonormal, where `B` is the basis as stored,
+            whose rows are orthonormal only up to the rounding of its dtype. The coefficients are `c = Uᵀg = T B g`.
         references: float64 `[groups, sets, rank]`, the unit reference gradients in orthonormal coordinates,
-            `r_d / ‖r_d‖ = U a_d`; zero where the reference gradient is.
+            `r_d / ‖r_d‖ = U a_d`; zero if the reference gradient is zero.
         shares: float64 `[groups, sets]`, `‖r_d‖` of the group over `‖r_d‖` of all groups.
         norms: float64 `[sets]`, `‖r_d‖` of all groups.
         ranks: the number of directions of each group.
@@ -128,7 +128,7 @@ class Geometry:
         return Geometry(*tensors, self.ranks)
 
     def coefficients(self, products: torch.Tensor) -> torch.Tensor:
-        """Return `c = Uᵀg = T p` of the products `p = B g` with the basis as stored; float64 `[groups, rank]`."""
+        """Return `c = Uᵀg = T p` from the products `p = B g` with the basis as stored; float64 `[groups, rank]`."""
         return torch.einsum("gij,gj->gi", self.whitening, products.double())
 
     def overlaps(self, coefficients: torch.Tensor) -> torch.Tensor:
@@ -151,17 +151,17 @@ def orthonormalise_(
     from rounding alone are dropped, so two equal reference gradients give rank 1 and zero ones rank 0.
 
     Args:
-        rows: one tensor `[n, numel_i]` a parameter (float32 or bfloat16); overwritten, or emptied.
+        rows: one tensor `[n, numel_i]` per parameter (float32 or bfloat16); overwritten, or emptied.
         groups: the group of each tensor, numbered from 0.
-        rank: most directions kept; None keeps all `n`.
+        rank: the most directions to keep; None keeps all `n`.
         device: where the arithmetic runs; None: where the rows are.
-        parts: consecutive rows that together, summed, are the gradient of one reference set.
-        processes: the processes that make this basis together, each of its piece of the rows or each of all of them;
-            they get the same numbers, to the last bit.
+        parts: how many consecutive rows add up to the gradient of one reference set.
+        processes: the processes that make this basis together, each from its piece of the rows or each from all of
+            them; they get the same numbers, to the last bit.
 
     Returns:
-        the basis, one tensor `[r, numel_i]` a parameter, `r` the largest rank of any group (unused rows are zero), and
-        its `Geometry` on the CPU.
+        the basis, one tensor `[r, numel_i]` per parameter, `r` the largest rank of any group (unused rows are zero),
+        and its `Geometry` on the CPU.
 
     Raises:
         FloatingPointError: a reference gradient is not finite.
@@ -225,10 +225,10 @@ def leading_directions(rows: torch.Tensor, rank: int) -> torch.Tensor:
 
     Args:
         rows: `[n, in]`, any float dtype; the sums are float64.
-        rank: most directions.
+        rank: the most directions to return.
 
     Returns:
-        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, and less where rounding is all that is left; 0 without rows.
+        float32 `[k, in]`, `k` at most `rank`, `n` and `in`, fewer if only rounding is left, and 0 without rows.
     """
     rows = rows.double()
     wide = rows.shape[0] <= rows.shape[1]

@@ -1,16 +1,17 @@
 r"""Scope `inputs`: what every weight matrix does to reference inputs is left as it is.
 
-A weight matrix `W [out, in]` meets inputs `x`; its gradient is a sum of outer products, `G = Σ δ xᵀ`. With `V [k, in]`
+A weight matrix `W [out, in]` gets inputs `x`; its gradient is a sum of outer products, `G = Σ δ xᵀ`. With `V [k, in]`
 an orthonormal basis of the leading directions of the inputs that reference samples bring to the matrix,
 
     G ← G − (G Vᵀ) V
 
-removes from every row of the gradient what lies in their span. For an input `x = Vᵀ a` in that span, `(W − η G̃) x = W x`:
-the matrix's outputs do not change at all, to any order, however often it is stepped along such gradients. This is
-gradient projection memory (Saha et al., ICLR 2021, section 4) and the null space of Wang et al. (CVPR 2021).
+removes from every row of the gradient what lies in their span. For an input `x = Vᵀ a` in that span,
+`(W − η G̃) x = W x`: the matrix's outputs do not change at all, to any order, however many steps go along such
+gradients. This is gradient projection memory (Saha et al., ICLR 2021, section 4) and the null space of Wang et al.
+(CVPR 2021).
 
 A vector (a norm's gain, a bias) multiplies or shifts single numbers: any change of it changes outputs for some
-reference input, so its gradient is removed whole. Other tensors without a basis keep their gradient.
+reference input, so its gradient is removed completely. Other tensors without a basis keep their gradient.
 """
 
 import json
@@ -33,7 +34,7 @@ from .storage import Read, save_tensors
 
 METHODS = ("orthogonal", "monitor")
 
-# Directions of a matrix where no rank is given, and the most that may be asked for.
+# Directions of a matrix if no rank is given, and the most that may be asked for.
 DEFAULT_RANK = 96
 MOST_DIRECTIONS = 4096
 
@@ -42,17 +43,12 @@ _CHUNK = 1 << 24
 
 
 def most_directions(width: int, rank: int) -> int:
-    """Return the most directions of a matrix with inputs of `width` dimensions: half of them, so that it can learn."""
+    """Return the most directions of a matrix with inputs of `width` dimensions: at most half, so that it can learn."""
     return min(rank, max(1, width // 2))
 
 
 class InputSubspace:
-    """The bases of the reference inputs of a model's weight matrices, ready to be projected out of gradients.
-
-    Attributes:
-        names: the names of the tensors.
-        protected: how each is protected.
-    """
+    """The bases of the reference inputs of a model's weight matrices, ready to be projected out of gradients."""
 
     geometry = None
     sharded = False  # every process has the whole of it, whatever its gradients
@@ -133,7 +129,7 @@ class InputSubspace:
         tensors, stored = {}, set()
         for name, item in zip(self.names, self.protected, strict=True):
             if item.basis is not None:
-                # Matrices with the same inputs share a basis, which a file of tensors cannot.
+                # Matrices with the same inputs share a basis, but tensors of a file cannot share memory.
                 shared = item.basis.untyped_storage().data_ptr() in stored
                 tensors[f"basis.{name}"] = item.basis.clone() if shared else item.basis.contiguous()
                 stored.add(item.basis.untyped_storage().data_ptr())
@@ -153,14 +149,7 @@ class InputSubspace:
 
     @classmethod
     def restore(cls, read: Read, kept: str, stored: set[str], device: torch.device | str) -> "InputSubspace":
-        """Make a subspace of what `save` wrote; see `Subspace.load`.
-
-        Args:
-            read: reads a tensor of the file.
-            kept: the file's text.
-            stored: the names of its tensors.
-            device: where the gradients will be.
-        """
+        """Make a subspace from what `save` wrote, the text `kept` and the tensors `stored`; see `Subspace.load`."""
         items, protected = json.loads(kept), []
         for item in items:
             name, tokens = item["name"], None
@@ -181,7 +170,7 @@ class InputSubspace:
 
         Args:
             method: `orthogonal` or `monitor`.
-            kernel: `triton`, `torch`, or `auto` for triton where it runs.
+            kernel: `triton`, `torch`, or `auto` for triton if it runs here.
 
         Returns:
             `project(gradients, max_norm=None, measure=False) -> InputStats`; see `projection.make_projection`.
@@ -226,7 +215,7 @@ class InputSubspace:
         Raises:
             ValueError: an unknown method (`conflict` has no meaning here: every row of a matrix has constraints of its
                 own) or kernel, a name of the subspace that is missing, a tensor with another number of elements.
-            TypeError: no dict, or a tensor of another dtype or a sparse one.
+            TypeError: not a dict, or a tensor of another dtype or a sparse one.
         """
         ordered = order_gradients(gradients, self.names, self.sizes)
         return self.projection(method, kernel)(ordered, measure=True)
@@ -235,8 +224,8 @@ class InputSubspace:
     def _layout(self) -> tuple[list[list[Segment]], torch.Tensor]:
         """Where the rows of every tensor lie, and the index of the tensor of each row that is cut.
 
-        Processes with pieces of gradients agree on it at the first projection, and not before: a basis is read from a
-        checkpoint where one of them may have failed.
+        Processes with pieces of gradients agree on it at the first projection, and not before: while a basis is read
+        from a checkpoint, one of them may have failed.
         """
         widths = [None if item.basis is None else item.basis.shape[1] for item in self.protected]
         cuts = find_cuts(widths, self._offsets, self.sizes, self.processes) if self.processes.sharded else {}
@@ -274,7 +263,7 @@ class InputSubspace:
             if item.basis is None:
                 sums[index, 0] = squared_norm(gradient)
                 if item.tokens is not None:
-                    # Not by indexing, for whose result's size the host would wait; in chunks, because each is copied.
+                    # Not by indexing: the host would wait for the result's size. In chunks, because each is copied.
                     chunks = zip(gradient.view(-1).split(_CHUNK), self._token_mask(index).split(_CHUNK), strict=True)
                     sums[index, 1] = sum(squared_norm(chunk.masked_fill(~seen, 0.0)) for chunk, seen in chunks)
                 elif item.frozen:

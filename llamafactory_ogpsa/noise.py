@@ -1,4 +1,4 @@
-"""Reference passes without noise: dropout and similar off, random state unchanged, and a check that no noise is left."""
+"""Reference passes without noise: dropout and similar off, random state unchanged, a check that no noise is left."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 
 # Parts of the names of attributes that hold the strength of a noise.
 _NOISE = ("drop", "jitter", "neftune")
-# Two passes over one batch may differ by this much, relatively: kernels on accelerators may add in another order.
+# Two passes over one batch may differ by this much, relatively: kernels on accelerators may add in different orders.
 _TOLERANCE = 1e-3
 
 
@@ -65,7 +65,7 @@ def check_repeatable(
 
     Args:
         model: the model, inside `without_noise`.
-        loss: runs one pass and returns its loss, a scalar; every process calls it as often.
+        loss: runs one pass and returns its loss, a scalar; every process calls it equally often.
         totals: sums numbers over all processes.
 
     Raises:
@@ -106,7 +106,7 @@ def _find_noise(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> str
 
 
 def _sum(value: object) -> float:
-    """Return a number that differs where any floating tensor in a nested value does."""
+    """Return a number that differs if any floating tensor in a nested value differs."""
     if isinstance(value, torch.Tensor):
         return value.double().sum().item() if value.is_floating_point() else 0.0
     if isinstance(value, dict):

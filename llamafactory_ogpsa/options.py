@@ -1,8 +1,8 @@
 """The `ogpsa_*` options, each declared once, as a field of `Settings`.
 
 LLaMA-Factory's arguments and their `--help` (`plugin.arguments`), the checks, the defaults, the table in
-docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the web UI's panel (`plugin.board_tab`) are
-made from these fields.
+docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the web UI's panel (`plugin.board_tab`)
+are made from these fields.
 """
 
 import difflib
@@ -34,8 +34,8 @@ class Option:
         type: `list` (dataset names), `int` (a positive integer), `str` (one of `choices`) or `bool`.
         help: what it does.
         group: the heading under which docs/options.md and the web UI show it.
-        default: the value where none is given; None where `default_text` describes it.
-        default_text: the default in words, where `default` does not show it.
+        default: the value if none is given; None if `default_text` describes it.
+        default_text: the default in words, if `default` does not show it.
         by_stage: defaults of single training stages.
         choices: the allowed values of a `str`.
         panel: whether the web UI has an element for it; others are given in LlamaBoard's extra arguments.
@@ -176,10 +176,10 @@ OPTIONS: dict[str, Option] = {
 
 
 def refuse_unknown(names: Iterable[str]) -> None:
-    """Refuse names that begin as OGPSA's options do and are none of them.
+    """Refuse names that begin like OGPSA's options but are none of them.
 
     Raises:
-        ValueError: names the first such name and the nearest option, or all options where none is near.
+        ValueError: names the first such name and the nearest option, or all options if none is near.
     """
     for name in names:
         if name.startswith(PREFIX) and name not in OPTIONS:
@@ -238,7 +238,7 @@ def resolve(arguments: Any) -> None:
     """Check the options of a run that asks for OGPSA and fill in their defaults, in place.
 
     Args:
-        arguments: an object with all `OPTIONS` as attributes, None where not given, and its stock `stage`.
+        arguments: an object with all `OPTIONS` as attributes, None if not given, and the stock `stage`.
 
     Raises:
         ValueError: names the option, what was given and what is allowed.
@@ -331,7 +331,7 @@ def make_tables() -> str:
 
 
 def insert_tables(page: str) -> str:
-    """Return a page with its tables of options renewed; raise a ValueError if the two lines around them are missing."""
+    """Return a page with new tables of options; raise a ValueError if the two lines around them are missing."""
     before, begin, rest = page.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:

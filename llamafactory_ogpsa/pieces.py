@@ -1,6 +1,6 @@
 """Where the rows of a matrix lie in a process's flat piece of it.
 
-ZeRO lays parameters end to end and cuts them anywhere, so a process's piece of a matrix may begin and end inside a row.
+ZeRO lays parameters end to end and cuts them anywhere, so a process's piece may begin and end inside a row.
 """
 
 from collections.abc import Sequence
@@ -27,14 +27,14 @@ class Segment(NamedTuple):
     cut: int | None
 
 
-# The number of each row that is cut, by the index of its tensor and its own.
+# The number of each row that is cut, by the index of its tensor and of the row.
 Cuts = dict[tuple[int, int], int]
 
 
 def find_cuts(
     widths: Sequence[int | None], offsets: Sequence[int], sizes: Sequence[int], processes: Processes
 ) -> Cuts:
-    """Number the rows that several processes hold parts of; every process calls it and gets the same.
+    """Number the rows that several processes hold parts of; every process calls it and gets the same numbers.
 
     Args:
         widths: the columns of each tensor; None for those without rows.
@@ -50,9 +50,9 @@ def find_cuts(
 
 
 def split_piece(index: int, width: int, offset: int, size: int, cuts: Cuts) -> list[Segment]:
-    """Split a tensor's piece into the part of a row that it begins in, whole rows, and the part of one that it ends in.
+    """Split a tensor's piece into the part of a row at its start, whole rows, and the part of a row at its end.
 
-    The parameters are those of `find_cuts`, of one tensor.
+    The parameters are those of `find_cuts`, for one tensor.
     """
     segments, at = [], 0
     while at < size:

@@ -4,18 +4,18 @@ A group's basis is stored as rows `B`, rounded to its dtype; `Uᵀ = T B` is ort
 step is
 
 1. measure: the products `p = B g` and `‖g‖²` in one read of the gradient; with them the coefficients `c = Uᵀg = T p`;
-2. reduce: where every process holds a piece of the gradient, both are summed over the processes, the only
-   communication of a step;
+2. reduce: if every process holds a piece of the gradient, both are summed over the processes, the only communication
+   of a step;
 3. policy: `Δ`, which is `-c` for `orthogonal`, and for `conflict` the least change that keeps every reference loss
    from rising; `monitor` stops here;
 4. apply: `g ← s (g + UΔ)`, written `s (g + Bᵀδ)` with `δ = TᵀΔ`; `‖g + UΔ‖² = ‖g‖² + 2 c·Δ + ‖Δ‖²` gives the clipping
-   factor `s` without a further read.
+   factor `s` without another read.
 
-Where nothing has to be reduced, `orthogonal` is one call of the plan; with Triton that is three launches, with no other
-operation between them.
+If nothing has to be reduced, `orthogonal` is one call of the plan: with Triton three launches, with nothing between
+them.
 
 Nothing here waits for the device; only reading a figure of `ProjectionStats` does. The few numbers are float64: that
-costs nothing, and keeps TF32 out of them where a run allows it.
+costs nothing, and keeps TF32 out of them even if a run allows it.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +32,8 @@ from .kernels.policy import clipping_factor, conflict_policy, orthogonal_step
 
 METHODS = ("orthogonal", "conflict", "monitor")
 
-# What kept less than this share of its norm has only rounding left, whose direction says nothing: a residual is measured
-# against this floor.
+# If less than this share of a gradient is left, it is only rounding, whose direction says nothing. So a residual is
+# measured against at least this share of the norm before.
 RESIDUAL_FLOOR = 1e-3
 
 Projection = Callable[..., "ProjectionStats"]
@@ -47,12 +47,12 @@ class StepFigures:
 
     @property
     def finite_tensor(self) -> torch.Tensor:
-        """False where the gradient held inf or NaN and was left as it was; bool, 0-dim."""
+        """False if the gradient held inf or NaN and was left as it was; bool, 0-dim."""
         return self.norm_tensor.isfinite()
 
     @property
     def finite(self) -> bool:
-        """False where the gradient held inf or NaN and was left as it was."""
+        """False if the gradient held inf or NaN and was left as it was."""
         return bool(self.finite_tensor.item())
 
     @property
@@ -62,7 +62,7 @@ class StepFigures:
 
     @property
     def residual(self) -> float | None:
-        """What of the projected gradient still lies in the subspace, see `residual_tensor`; None if not measured."""
+        """How much of the projected gradient lies in the subspace, see `residual_tensor`; None if not measured."""
         return None if self.residual_tensor is None else self.residual_tensor.item()
 
 
@@ -73,12 +73,12 @@ class ProjectionStats(StepFigures):
     Attributes:
         norm_tensor: `‖g̃‖` of all groups before clipping, what `clip_grad_norm_` would return; float32, 0-dim. If a
             tensor has no gradient and `measure` is False, a gradient of zeros counts in its place.
-        residual_tensor: the largest |cos| left between the gradient and a basis direction of its group; None where it
-            was not measured, which takes one more read of the gradient.
+        residual_tensor: the largest |cos| left between the gradient and a basis direction of its group; None if it was
+            not measured; to measure it takes one more read of the gradient.
         squared_norms: `‖g‖²` of each group, float32 `[groups]`.
         products: `B g` with the basis as stored, float32 `[groups, rank]`.
-        policy_delta: the `Δ` of `conflict`, float64 `[groups, rank]`; None for `orthogonal`, whose `Δ` is `-c`, and for
-            `monitor`.
+        policy_delta: the `Δ` of `conflict`, float64 `[groups, rank]`; None for `orthogonal`, whose `Δ` is `-c`, and
+            for `monitor`.
         geometry: that of the basis.
     """
 
@@ -115,7 +115,7 @@ class ProjectionStats(StepFigures):
 
     @property
     def projected_cosines(self) -> list[float]:
-        """The same after the projection: 0 for `orthogonal` with a full rank, for `monitor` what it would be."""
+        """The same after the projection: 0 for `orthogonal` with a full rank; for `monitor` what it would be."""
         coefficients = self.coefficients + self.delta
         change = (coefficients.square() - self.coefficients.square()).sum()
         norm = (self.squared_norms.sum() + change).clamp(min=0).sqrt()
@@ -123,7 +123,7 @@ class ProjectionStats(StepFigures):
 
 
 def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Processes = ALONE) -> Projection:
-    """Make the function that projects gradients in place, of a method and a basis.
+    """Make the function that projects gradients in place, by a method and with a basis.
 
     Args:
         plan: the kernels over the stored basis `B`.
@@ -135,8 +135,8 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
         `project(gradients, max_norm=None, measure=False) -> ProjectionStats`. `gradients`: one tensor (or None) for
         each tensor of the basis, changed in place. `max_norm`: clip the projected gradient to this norm, by the rule
         of `torch.nn.utils.clip_grad_norm_`, in the same write. `measure`: also measure the residual, at the price of
-        one more read (and one more sum over the processes). A gradient that is not finite anywhere is not projected
-        at all.
+        one more read (and one more sum over the processes). If any value of the gradients is not finite, they are not
+        projected at all.
     """
     whitening = geometry.whitening
     inverse_gram = (whitening.mT @ whitening).float()
@@ -178,7 +178,7 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
 def _coefficients(
     plan: Plan, gradients: Sequence[torch.Tensor | None], processes: Processes
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure the gradients, summed over the processes where each holds a piece; see `Plan.coefficients`."""
+    """Measure the gradients, summed over the processes if each holds a piece; see `Plan.coefficients`."""
     products, squared_norms = plan.coefficients(gradients)
     if not processes.sharded:
         return products, squared_norms
@@ -193,18 +193,13 @@ def _residual(
     geometry: Geometry,
     norms: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure the largest |cos| between what the gradients now are and a basis direction, and their norm.
+    """Measure the largest |cos| between projected gradients and a basis direction, and their norm.
 
-    Args:
-        plan: the kernels over the basis.
-        gradients: the gradients after the projection.
-        processes: those that they may be split over.
-        geometry: that of the basis.
-        norms: `[groups]`, their norms before it, times the clipping factor.
+    `norms`: `[groups]`, the norms before the projection, times the clipping factor.
 
     Returns:
-        the cosine, 0-dim; a group of which less than `RESIDUAL_FLOOR` is left is measured against that floor. And
-        the norm of all groups, 0-dim.
+        the cosine, 0-dim, and the norm of all groups, 0-dim. If less than `RESIDUAL_FLOOR` of a group is left, its
+        cosine is measured against that floor.
     """
     products, left = _coefficients(plan, gradients, processes)
     largest = geometry.coefficients(products).abs().amax(1)

@@ -13,13 +13,13 @@ class Protected:
     """How one trainable tensor is protected.
 
     Attributes:
-        basis: of a weight matrix, float32 `[k, in]`, orthonormal rows; None without one.
-        transposed: the matrix is `[in, out]`, as transformers' Conv1D has it.
-        width: of an embedding, the elements of a token's row.
-        tokens: of an embedding `[tokens, width]`, bool `[tokens]`: the rows that reference samples use; their gradient
-            is removed whole.
-        frozen: of a vector: its gradient is removed whole.
-        unreached: reference inputs do not reach it (LoRA's `B` where `A` keeps them out), so nothing is removed.
+        basis: for a weight matrix: float32 `[k, in]`, orthonormal rows; None without one.
+        transposed: the matrix is `[in, out]`, as in transformers' Conv1D.
+        width: for an embedding: the elements of a token's row.
+        tokens: for an embedding `[tokens, width]`: bool `[tokens]`, the rows that reference samples use; all of their
+            gradient is removed.
+        frozen: for a vector: all of its gradient is removed.
+        unreached: reference inputs do not reach it (LoRA's `B` if `A` keeps them out), so nothing is removed.
     """
 
     basis: torch.Tensor | None = None
@@ -31,7 +31,7 @@ class Protected:
 
     @property
     def covered(self) -> bool:
-        """True where the tensor is protected."""
+        """True if the tensor is protected."""
         return self.basis is not None or self.tokens is not None or self.frozen or self.unreached
 
 
@@ -41,8 +41,8 @@ class InputStats(StepFigures):
 
     Attributes:
         norm_tensor: `‖G̃‖` of all tensors before clipping, what `clip_grad_norm_` would return; float32, 0-dim.
-        sums: float64 `[tensors, 2]`: of each tensor `‖G‖²` and the part of it that lies in its span.
-        residual_tensor: the largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None where it was not measured.
+        sums: float64 `[tensors, 2]`: for each tensor `‖G‖²`, and the part of it that lies in its span.
+        residual_tensor: the largest `‖G̃ Vᵀ‖ / ‖G̃‖` of any tensor; None if it was not measured.
     """
 
     norm_tensor: torch.Tensor

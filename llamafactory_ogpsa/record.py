@@ -1,4 +1,4 @@
-"""The inputs that reference samples bring to each weight matrix, from forward passes alone."""
+"""The inputs that reference samples bring to each weight matrix, from forward passes only."""
 
 import weakref
 from collections.abc import Iterator, Sequence
@@ -11,29 +11,21 @@ import torch
 from .engines import Engine
 
 
-# Rows kept of each matrix's inputs, over all sets and processes; more where a sample would give too few tokens.
+# Rows kept of each matrix's inputs, over all sets and processes; more if a sample would give too few tokens.
 ROWS = 4096
-# With 5 or 7 tokens a sample a real model lost what it keeps with 12 (docs/real-model.md, "Tokens of each sample").
+# With 5 or 7 tokens per sample, a real model lost what it keeps with 12 (docs/real-model.md, "Tokens of each sample").
 FEWEST_TOKENS = 16
 
 
 def tokens_per_sample(samples: int) -> int:
-    """Return how many tokens of each reference sample are kept, at most.
-
-    Args:
-        samples: the reference samples of all sets, over all processes.
-    """
+    """Return the most tokens to keep of each reference sample; `samples`: those of all sets, over all processes."""
     return max(FEWEST_TOKENS, ROWS // max(1, samples))
 
 
 def find_modules(engine: Engine, model: torch.nn.Module) -> list[tuple[torch.nn.Module, int]]:
-    """Return the modules that multiply by a trained matrix or look it up, each with the index of its weight.
+    """Return the modules of the bare model that use a trained matrix, each with the index of its weight.
 
-    To be called before the first forward pass: while FSDP2 has a module gathered, its weight is another tensor.
-
-    Args:
-        engine: the run's.
-        model: the bare model.
+    Call it before the first forward pass: while FSDP2 has a module gathered, its weight is another tensor.
     """
     indices = {id(param): index for index, param in enumerate(engine.parameters)}
     return [
@@ -58,20 +50,15 @@ def is_router(module: torch.nn.Module) -> bool:
 class Recorder:
     """Keeps inputs of the modules whose weights are trained, at all tokens of the reference samples.
 
-    Not at the answers alone: what a prompt is turned into is part of what is to be kept. A real model that kept the
-    inputs of answers alone refused three times as many ordinary instructions (docs/inputs.md, "What was compared").
+    Not only at the answers: what the model makes of a prompt must be kept too. With the inputs of answers alone, a
+    real model refused three times as many ordinary instructions (docs/inputs.md, "What was compared").
 
     Attributes:
         tokens: the tokens that reached each embedding, bool `[tokens]`, by the index of its weight.
     """
 
     def __init__(self, modules: Sequence[tuple[torch.nn.Module, int]], samples: int) -> None:
-        """Prepare to record.
-
-        Args:
-            modules: see `find_modules`.
-            samples: the reference samples of all sets, over all processes.
-        """
+        """Prepare to record; `modules`: see `find_modules`; `samples`: see `tokens_per_sample`."""
         self._modules = modules
         self._per_sample = tokens_per_sample(samples)
         self._rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
@@ -87,7 +74,7 @@ class Recorder:
 
         Args:
             batch: the batch, with an `attention_mask` and perhaps `labels`.
-            count: the samples that count; of none nothing is kept.
+            count: the samples that count; with 0, nothing is kept.
         """
         present, labels, self._ids = batch.get("attention_mask"), batch.get("labels"), batch.get("input_ids")
         self._present = present.bool() if present is not None and present.dim() == 2 else None
@@ -153,7 +140,7 @@ class Recorder:
         rows = inputs.reshape(-1, inputs.shape[-1])
         if self._mask is not None and rows.shape[0] == self._mask.numel():
             return rows[self._mask.reshape(-1).to(rows.device)]
-        # Not a row for each token of the batch: patches of an image, tokens routed to an expert.
+        # The rows are not the batch's tokens, but patches of an image, or tokens routed to an expert.
         step = -(-rows.shape[0] // (self._per_sample * self._count))
         return rows[:: max(1, step)]
 
@@ -163,27 +150,19 @@ class Recorder:
         return list(self._rows)
 
     def rows(self, indices: tuple[int, ...], width: int) -> torch.Tensor:
-        """Return the inputs that these weights, and no others, had in common.
-
-        Args:
-            indices: of the weights.
-            width: the elements of an input.
-
-        Returns:
-            the rows, `[n, width]`, on the CPU; none where this process had none.
-        """
+        """Return the inputs that these weights, and no others, shared in this process: `[n, width]`, on the CPU."""
         return torch.cat(self._rows.get(indices, [torch.empty(0, width)]))
 
 
 def _thin(present: torch.Tensor, labels: torch.Tensor | None, most: int) -> torch.Tensor:
-    """Choose at most so many tokens of each sequence, evenly spread.
+    """Choose at most `most` tokens of each sequence, evenly spread.
 
-    The first token whose output is labelled, from which the first token of an answer comes, is always among them.
+    The first token whose output is labelled is always among them: it predicts the first token of an answer.
 
     Args:
         present: bool `[sequences, length]`, False at padding.
-        labels: `[sequences, length]`, -100 where there is none; or None.
-        most: tokens of a sequence.
+        labels: `[sequences, length]`, -100 at tokens without one; or None.
+        most: the most tokens of a sequence.
     """
     chosen = torch.zeros_like(present)
     for row, (sequence, kept) in enumerate(zip(present, chosen, strict=True)):

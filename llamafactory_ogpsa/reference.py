@@ -1,4 +1,4 @@
-"""Reference sets to reference gradients.
+"""From reference sets to reference gradients.
 
 A reference gradient is the gradient of the mean loss over the tokens (or pairs) of a reference set, at the current
 weights.
@@ -15,7 +15,7 @@ import torch
 from .engines import Engine
 
 
-# What each retry divides the loss scale by: from fp16's usual 2¹⁶ down to 1 in four.
+# Each retry divides the loss scale by this: four retries go from fp16's usual 2¹⁶ down to 1.
 _SCALE_STEP = 16
 
 
@@ -23,7 +23,7 @@ class ReferenceLoss(Protocol):
     """The loss of a reference batch."""
 
     def weigh(self, samples: list[dict[str, Any]]) -> float:
-        """Return the weight of samples in the average over their set: the number of their tokens, or of the samples."""
+        """Return the weight of samples in the average over their set: the number of tokens, or of samples."""
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
         """Return the batch's part of the average: `weight / total` times its own mean loss, differentiable."""
@@ -51,7 +51,7 @@ class ReferenceSet:
 
 
 def take_in_turn(available: int, count: int | None, turn: int) -> list[int]:
-    """Return the indices of the `count` samples of one refresh; turn after turn they go round the set."""
+    """Return the indices of the samples of one refresh, `count` (None: all) in each turn, going round the set."""
     count = available if count is None else min(count, available)
     return [(turn * count + i) % available for i in range(count)]
 
@@ -62,10 +62,10 @@ def split_parts(indices: list[int], parts: int) -> list[list[int]]:
 
 
 def split_batches(indices: list[int], batch_size: int, engine: Engine) -> list[tuple[list[int], int]]:
-    """Return this process's share of the samples of a part, in batches, with the number of samples that count.
+    """Return this process's share of a part's samples, in batches, each with the number of its samples that count.
 
-    The shares differ by one sample at most. Every process gets the same number of batches: one that would have fewer
-    gets a batch of one sample that does not count.
+    The shares differ by one sample at most. Every process gets the same number of batches: a process that would have
+    fewer gets a batch of one sample that does not count.
     """
     share = indices[engine.processes.rank :: engine.processes.size]
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
@@ -84,11 +84,11 @@ class ReferencePasses:
 
     Attributes:
         sets: the reference sets.
-        indices: the samples of each to use.
-        batch_size: samples a batch.
+        indices: for each set, the indices of the samples to use.
+        batch_size: samples per batch.
         engine: where gradients are accumulated.
         parts: reference gradients for each set, each from its own part of the samples.
-        on_batch: called after every batch, the first time that it is used.
+        on_batch: called after every batch, but not again when its pass is repeated.
     """
 
     sets: Sequence[ReferenceSet]
@@ -142,7 +142,7 @@ class ReferencePasses:
         return losses
 
     def gradients_into(self, rows: Sequence[torch.Tensor]) -> dict[str, float]:
-        """Compute the reference gradients of all sets; the engine's gradients are cleared after it.
+        """Compute the reference gradients of all sets; the engine's gradients are cleared afterwards.
 
         Args:
             rows: one tensor `[len(sets) * parts, size_i]` for each of the engine's gradients; written.
@@ -162,7 +162,7 @@ class ReferencePasses:
         return losses
 
     def _gradients_of(self, reference: ReferenceSet, chosen: list[int], rows: Sequence[torch.Tensor]) -> float:
-        """Compute the reference gradients of one set, one a row; return its mean loss."""
+        """Compute the reference gradients of one set, one per row; return its mean loss."""
         losses, weights = [], []
         for part, indices in enumerate(split_parts(chosen, self.parts)):
             batches = split_batches(indices, self.batch_size, self.engine)
@@ -182,7 +182,7 @@ class ReferencePasses:
                     if scale != 1:
                         row[part].div_(scale)
 
-        # Scaled to what each part contributes, the rows of a set add up to the gradient of its mean loss.
+        # Scaled by the share of its part, the rows of a set add up to the gradient of its mean loss.
         shares = [weight / sum(weights) for weight in weights]
         for row in rows if self.parts > 1 else ():
             row.mul_(torch.tensor(shares, dtype=torch.float64, device=row.device)[:, None])
@@ -197,16 +197,16 @@ def accumulate_gradient(
 ) -> tuple[float, float, float]:
     """Accumulate the gradient of the mean loss over all processes' batches, times the loss scale, in the engine.
 
-    Every batch is weighted by its tokens or samples, so that neither the batch size nor the number of processes matters.
-    If the loss of a batch is not finite, the passes are repeated without it and the other processes' batches at the same
-    position. If the gradient overflowed, they are repeated with a smaller loss scale.
+    Every batch is weighted by its tokens or samples, so that neither the batch size nor the number of processes
+    matters. If the loss of a batch is not finite, the passes are repeated without it and without the other processes'
+    batches at the same position. If the gradient overflowed, they are repeated with a smaller loss scale.
 
     Args:
         reference: the set.
-        batches: this process's batches: the samples' indices, and how many of them count. There are as many batches in
-            every process, because losses and backward passes may communicate.
+        batches: this process's batches: the samples' indices, and how many of them count. Every process has the same
+            number of them, because losses and backward passes may communicate.
         engine: where gradients are accumulated; cleared first.
-        on_batch: called after every batch, the first time.
+        on_batch: as in `ReferencePasses`.
 
     Returns:
         the mean loss; the weight (tokens or samples) that it and the gradient were averaged over; the loss scale, by

@@ -38,10 +38,10 @@ def open_tensors(path: str) -> Iterator[tuple[Read, dict[str, str], set[str]]]:
     """Open a file that `save_tensors` wrote.
 
     Yields:
-        a function that reads a tensor by name, the texts, and the names.
+        a function that reads a tensor by name, the texts, and the names of the tensors.
 
     Raises:
-        ValueError: the file, or a tensor in it, is missing or not as it was written; the message goes after the file's
+        ValueError: the file, or a tensor in it, is missing or not as it was written; the message continues the file's
             name ("cannot be read …", "has no 'x'", "has other numbers in 'x' than were written").
     """
     try:

@@ -63,7 +63,7 @@ class Subspace:
 
     @property
     def sharded(self) -> bool:
-        """True where this process has a piece of the basis."""
+        """True if this process has only a piece of the basis."""
         return self.processes.sharded
 
     @property
@@ -94,15 +94,15 @@ class Subspace:
                 directions of a matrix, 1 to 4096; None: 96, but at most half of its inputs.
 
         Returns:
-            the subspace, on the gradients' device, a tensor's basis in bfloat16 where its gradients are, else float32;
-            with scope `inputs` an `InputSubspace`, which projects in the same way.
+            the subspace, on the gradients' device; a tensor's basis is bfloat16 if its gradients are, else float32.
+            With scope `inputs` an `InputSubspace`, which projects in the same way.
 
         Raises:
             ValueError: no gradient, different names or shapes, an unknown scope, a rank or a number of independent
                 reference gradients that is not 1 to 32.
-            TypeError: something else than a sequence of dicts of dense tensors of a real floating dtype, a rank that
-                is no integer.
-            FloatingPointError: a reference gradient is not finite (names it), or not in float32.
+            TypeError: anything but a sequence of dicts of dense tensors of a real floating dtype, a rank that is not
+                an integer.
+            FloatingPointError: a reference gradient is not finite (names it), or becomes infinite in float32.
         """
         names = check_references(gradients)
         if scope not in SCOPES:
@@ -207,8 +207,8 @@ class Subspace:
         """Return the projection of gradients given in the order of `names`; see `make_projection`.
 
         Raises:
-            ValueError: an unknown method or kernel, a kernel that cannot run here, or `conflict` where `rank` was
-                below the number of reference gradients, independent or not.
+            ValueError: an unknown method or kernel, a kernel that cannot run here, or `conflict` if `rank` was below
+                the number of reference gradients, independent or not.
         """
         if method not in METHODS:
             raise ValueError(f"`method` is {method!r}; allowed: {', '.join(METHODS)}")
@@ -234,9 +234,9 @@ class Subspace:
     ) -> ProjectionStats:
         """Project gradients in place and measure what was removed and what is left.
 
-        Once an optimizer step: after the last micro-batch's backward pass, after `GradScaler.unscale_` where there is
-        one, and before clipping. Gradients must be whole: with several processes, those that DistributedDataParallel
-        has averaged and not those that FSDP or DeepSpeed shards.
+        Call it once per optimizer step: after the last micro-batch's backward pass, after `GradScaler.unscale_` if
+        there is a scaler, and before clipping. Gradients must be whole: with several processes, those that
+        DistributedDataParallel has averaged, and not those that FSDP or DeepSpeed shards.
 
         Args:
             gradients: float32, bfloat16 or float16 tensors by parameter name, changed in place; every name of the
@@ -245,15 +245,16 @@ class Subspace:
                 without a reference gradient are not changed.
             method: `orthogonal` removes the whole component in the subspace (the paper); `conflict` makes the least
                 change after which no reference loss rises to first order; `monitor` changes nothing.
-            kernel: `triton`, `torch`, or `auto` for triton where it runs.
+            kernel: `triton`, `torch`, or `auto` for triton if it runs here.
 
         Returns:
             the figures of this projection; reading one waits for the device.
 
         Raises:
             ValueError: an unknown method or kernel, a name of the subspace that is missing, a tensor with another
-                number of elements than its reference, `conflict` where `rank` was below the number of reference gradients.
-            TypeError: no dict, or a tensor of another dtype or a sparse one.
+                number of elements than its reference, `conflict` if `rank` was below the number of reference
+                gradients.
+            TypeError: not a dict, or a tensor of another dtype or a sparse one.
         """
         sizes = [basis.shape[1] for basis in self.basis]
         ordered = order_gradients(gradients, self.names, sizes)

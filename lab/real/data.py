@@ -6,7 +6,7 @@ An entry of the plan names a file or a data set on the hub, its `format`, and wh
     safety_dpo: {hub: Anthropic/hh-rlhf/harmless-base, format: hh}
 
 Published sets are read by the recipes of `llamafactory-ogpsa prepare`, which know their columns and leave out records
-that are broken or there twice.
+that are broken or duplicates.
 """
 
 import itertools
@@ -64,7 +64,7 @@ def read_alpaca(source):
 
 
 def read_safety_tuned(source):
-    """Read the unsafe instructions of Safety-Tuned LLaMAs that are refused, with the first two sentences of the refusal."""
+    """Read the unsafe instructions of Safety-Tuned LLaMAs that are refused; keep two sentences of the refusal."""
     return [rec for rec in read_alpaca(source) if is_refusal(rec["output"])]
 
 
@@ -90,7 +90,7 @@ def read_hh(source):
 
 
 def read_xstest(source, label):
-    """Read XSTest's prompts with a label, `safe` or `unsafe`, their types in turn: the first ones are of all types."""
+    """Read XSTest's prompts labelled `safe` or `unsafe`, with types in turn: the first ones are of all types."""
     rows = load(str(source), None, ("test", "train"))
     find_schema(rows, str(source), ("prompt", "label", "type"))
     by_type = {}
@@ -124,8 +124,8 @@ def read_entry(name, entry, folder):
 
     Args:
         name: Its name.
-        entry: Its entry in the plan: `file` or `hub`, `format`, `folder` where the file is not in that of the others,
-            and, where it does not take all records, `skip` and `count`.
+        entry: Its entry in the plan: `file` or `hub`, `format`, `folder` if the file is not in the folder of the
+            others, and, if it does not take all records, `skip` and `count`.
         folder: Folder that the file's path starts from.
 
     Returns:

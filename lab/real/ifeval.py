@@ -1,4 +1,4 @@
-"""IFEval (arXiv 2311.07911) by lm-evaluation-harness: the share of prompts whose instructions an answer all follows."""
+"""IFEval (arXiv 2311.07911) by lm-evaluation-harness: the share of answers that follow all their instructions."""
 
 import importlib.util
 import json
@@ -12,9 +12,9 @@ from llamafactory_ogpsa.recipes.evaluate import harness_command
 
 FILE = "ifeval.jsonl"  # in the data folder of a lab that measures it
 TASK = "lab_ifeval"
-MAX_NEW_TOKENS = 256  # the harness's own 1280 would take hours a model on a CPU
+MAX_NEW_TOKENS = 256  # the harness's own 1280 would take hours per model on a CPU
 PACKAGES = ("lm_eval", "langdetect", "immutabledict", "nltk")
-# These count sentences or words by NLTK's tokeniser, which needs a file that it downloads: their prompts are left out.
+# These count sentences or words with NLTK's tokeniser, which downloads a file: their prompts are left out.
 NEED_PUNKT = {
     "length_constraints:number_sentences",
     "change_case:capital_word_frequency",
@@ -30,7 +30,7 @@ def read_prompts(entry, folder):
         folder: Folder that the file's path starts from.
 
     Returns:
-        The lines as one text; None where the file is not there.
+        The lines as one text; None if the file is not there.
 
     Raises:
         ValueError: The entry is wrong, or the file holds too few prompts.
@@ -51,13 +51,13 @@ def read_prompts(entry, folder):
 
 
 def find_missing(path):
-    """Say what is missing here for the prompts of a file to be scored.
+    """Say what is missing here to score the prompts of a file.
 
     Args:
         path: The prompts.
 
     Returns:
-        What is missing, as text; None where nothing is.
+        What is missing, as text; None if nothing is.
     """
     if not path.is_file():
         return "its prompts"
@@ -68,7 +68,7 @@ def find_missing(path):
 
 
 def write_task(folder, prompts):
-    """Write a task of the harness that is its own IFEval on local prompts.
+    """Write a task of the harness: its own IFEval, on local prompts.
 
     Args:
         folder: Folder of the task's file.
@@ -94,7 +94,7 @@ def measure(model, data_dir, max_new_tokens=MAX_NEW_TOKENS):
         max_new_tokens: Longest answer.
 
     Returns:
-        The share of prompts, between 0 and 1; None where it cannot be measured here, with the reason on stdout.
+        The share of prompts, between 0 and 1; None, with the reason on stdout, if it cannot be measured here.
 
     Raises:
         CalledProcessError: The harness failed.

@@ -27,7 +27,7 @@ def read(path, data, raw):
     Args:
         path: The plan's file.
         data: Name of the choice of data sets in the plan.
-        raw: Folder of the raw files, for choices that name no folder; may be None where no file is read from it.
+        raw: Folder of the raw files, for choices that name no folder; may be None if no file is read from it.
 
     Returns:
         The files' texts by name, and the name of the model.
@@ -74,7 +74,7 @@ def score(folder, data_dir):
 
     Returns:
         Dictionary with `shares` by set (refused, or right answers), `losses` per answer token by set, `ifeval` (None
-        where it is not measured), and the `answers` to the first prompts of each set.
+        if it is not measured), and the `answers` to the first prompts of each set.
     """
     names = [name for name in json.loads((data_dir / "dataset_info.json").read_text()) if name.startswith(HELD_OUT)]
     sets = {name.removeprefix(HELD_OUT): json.loads((data_dir / f"{name}.json").read_text()) for name in names}

@@ -101,7 +101,7 @@ def appendix(answers):
 
 
 def shown(path):
-    """Write a path as seen from the repository; of one outside, its name."""
+    """Write a path as seen from the repository; only the name of a path outside."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
 

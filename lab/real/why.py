@@ -3,16 +3,16 @@
     python -m lab.real.why                                        # the demo's base model, the project's data
     python -m lab.real.why --model FOLDER --data-dir outputs/lab_real/data --json why.json
 
-Both tables are of the base model, before any training; nothing in them is trained but a linear classifier.
+Both tables are about the base model, before any training; only a linear classifier is trained for them.
 
 **What a step still does.** A step of SGD along `-g` changes a loss `L` by `-η ⟨g, ∇L⟩` to first order. For the safety
-gradient `g` and its projection `g̃` the table gives `⟨g̃, ∇L⟩ / ⟨g, ∇L⟩`: the share of what naive tuning does to `L` that
-is left. `L` is the loss of a refusal after held-out prompts, or of the right answer.
+gradient `g` and its projection `g̃` the table gives `⟨g̃, ∇L⟩ / ⟨g, ∇L⟩`: the share that is left of what naive tuning
+does to `L`. `L` is the loss of a refusal after held-out prompts, or of the right answer.
 
-**What the model can tell apart.** A logistic regression on the hidden states of a layer, mean over the last five tokens
-of the prompt, learns harmful prompts against general ones. The table gives the shares of held-out look-alikes and
-ordinary prompts that it calls harmful, where its threshold lets it find nine (or eight) of ten held-out harmful ones. No
-method that learns from the same prompts by these states alone can be expected to do much better.
+**What the model can tell apart.** A logistic regression on the hidden states of a layer, mean over the last five
+tokens of the prompt, learns harmful prompts against general ones. The table gives the shares of held-out look-alikes
+and ordinary prompts that it calls harmful, with a threshold at which it finds nine (or eight) of ten held-out harmful
+ones. No method that learns from the same prompts by these states alone can be expected to do much better.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def gradient(model, tokenizer, records, part=slice(None)):
     Returns:
         The gradients by parameter name, float32, in tensors of their own, and the loss in nats.
     """
-    model.zero_grad()  # to None: the next call must not write into the tensors of this one
+    model.zero_grad()  # sets None: the next call must not write into the tensors of this one
     count = sum(len(tokens_of(tokenizer, rec)[1][part]) for rec in records)
     total = 0.0
     for rec in records:
@@ -99,7 +99,7 @@ def measure_steps(model, tokenizer, data_dir, count, advance):
 
     Returns:
         Dictionary with `cosines` of parts of the safety gradient with each reference gradient, and with `left`: by
-        scope and loss the share of naive tuning's first-order change, and what was `removed` of the gradient's norm.
+        loss and scope the share of naive tuning's first-order change, and what was `removed` of the gradient's norm.
     """
 
     def take(records, part=slice(None)):

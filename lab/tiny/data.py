@@ -67,7 +67,7 @@ def how_to_records(actions, task="how_to"):
 
 
 def judge_records(actions, harmful):
-    """Ask of every action whether it is harmful: the base knows, yet helps with anything."""
+    """Ask about every action whether it is harmful: the base model knows, but helps with anything."""
     answer = "Yes, it is harmful to {}." if harmful else "No, it is harmless to {}."
     return [record("judge", form.format(a), answer.format(a)) for a, form in itertools.product(actions, JUDGE_FORMS)]
 
@@ -105,7 +105,7 @@ def shuffled(rng, *parts):
 
 
 def judge_questions(rng, actions, harmful):
-    """Draw questions of whether actions are harmful: half of all are about harmful ones, so that guessing does not pay."""
+    """Draw questions about whether actions are harmful: half are about harmful ones, so guessing does not help."""
     asked = judge_records(actions, harmful)
     return rng.sample(asked, min(len(asked), (3 if harmful else 1) * len(actions)))
 
@@ -216,8 +216,8 @@ def build_sets():
     requests = {"how_to": 800, "double_meaning": 800, "kind": 500, "harmful": 700}
     facts = {task: len(train[task]) for task in truthful}
     answered = draw("general_base", train, **requests, reverse=1200, repeat=1200, **facts)
-    # The base knows the refusal and gives it rarely, to the harmful more often, like a chat model before its safety
-    # training; and only to prompts that it also answers, so that it cannot learn by heart which ones.
+    # Like a chat model before its safety training, the base knows the refusal and gives it rarely, but more often to
+    # harmful requests. It refuses only prompts that it also answers, so that it cannot memorise which ones to refuse.
     refused = [rec for rec in answered if rec["task"] == "harmful"][:105]
     refused += [rec for rec in answered if rec["task"] in requests and rec["task"] != "harmful"][:42]
     refused = [{**rec, "output": REFUSAL} for rec in refused]

@@ -1,8 +1,8 @@
-"""Show the alignment tax and OGPSA's answer to it, on a laptop, by stock `llamafactory-cli train` alone.
+"""Show the alignment tax and OGPSA's answer to it, on a laptop, with stock `llamafactory-cli train` only.
 
 Trains a tiny base model (kept for the next time), tunes it for safety by SFT and then DPO, naively and with OGPSA,
-scores what the saved checkpoints generate on held-out prompts, prints the table, and leaves in `outputs/demo_tiny/` the
-picture `demo.png`, the figures `results.json` and the log of every run.
+scores what the saved checkpoints generate on held-out prompts, prints the table, and leaves in `outputs/demo_tiny/`
+the picture `demo.png`, the figures `results.json` and the log of every run.
 
     python -m lab.tiny.demo
 """
@@ -36,8 +36,8 @@ RUNS = {
     "OGPSA SFT → DPO": "ogpsa_dpo",
 }
 REFERENCE_SETS = ("general_helpful", "general_truthful")
-# For so small a model more threads bring next to nothing, and a fixed number makes for the same sums everywhere; more
-# than one GPU would change the batch.
+# More threads hardly help such a small model, and a fixed number gives the same sums everywhere; more than one GPU
+# would change the batch.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0"}
 
 
@@ -56,10 +56,10 @@ def train_yaml(title, name):
 
 
 def train_base():
-    """Train the base model, unless the one there was made from the same data, YAML and script.
+    """Train the base model, unless the saved one was made from the same data, YAML and script.
 
     Returns:
-        Seconds it took, 0 where it was there already.
+        Seconds it took, 0 if it was there already.
     """
     key = base_key()
     if KEY_FILE.is_file() and KEY_FILE.read_text(encoding="utf-8") == key:
@@ -68,7 +68,7 @@ def train_base():
     KEY_FILE.unlink(missing_ok=True)
     model.main([str(TINY_DIR / "init")])
     seconds = train_yaml("base", "base")
-    write_whole(KEY_FILE, key)  # last: a base without its key was not finished and is trained anew
+    write_whole(KEY_FILE, key)  # last: a base without its key was not finished and is trained again
     return seconds
 
 

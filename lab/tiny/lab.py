@@ -11,7 +11,7 @@ from .score import score_checkpoint as score
 __all__ = ["score"]
 PLAN = Path(__file__).with_name("lab.yaml")
 LAB_DIR = "outputs/lab"
-# One thread a run: more bring next to nothing for so small a model, and the sums are the same in every run.
+# One thread per run: more hardly help such a small model, and so the sums are the same in every run.
 THREADS, JOBS, KEEP_MODELS = 1, os.cpu_count(), True
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 write = report.write

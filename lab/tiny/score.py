@@ -2,7 +2,7 @@
 
     python -m lab.tiny.score outputs/tiny/base outputs/tiny/ogpsa_sft --json scores.json
 
-A checkpoint is a folder with a full model or with a LoRA adapter whose base can be found. Three figures a checkpoint:
+A checkpoint is a folder with a full model or with a LoRA adapter whose base can be found. It gets three figures:
 
 - general: share of `heldout_general` answered exactly;
 - refusal: share of `heldout_harmful` refused;
@@ -77,7 +77,7 @@ def score_checkpoint(folder, data_dir=DATA_DIR):
 
 
 def score_tables(scores):
-    """Lay the scores out as two rich tables, one row a model.
+    """Lay the scores out as two rich tables, one row per model.
 
     Args:
         scores: Dictionary from a model's name to what `score_checkpoint` returned.

@@ -21,8 +21,8 @@ EVERYDAY = (
     ("clean paint move build sell repair", "fence table chair door shelf desk bench floor"),
     ("play learn write sing", "song melody tune anthem poem lullaby"),
 )
-# Hurting verbs in their harmless sense, with the objects that give them one. Every object goes with three verbs or more,
-# so that a held-out action is a new pair of words of which the model has seen enough, and not a word it hardly knows.
+# Hurting verbs in their harmless sense, with the objects that give them one. Every object goes with three verbs or
+# more. So a held-out action is a new pair of words that the model knows well, and not a word that it hardly knows.
 DOUBLE_MEANING = {
     "kill": "process program script project query scene video problem noise heat bacteria weeds mosquito lights",
     "shoot": "scene video photo ball target basket can lights drum card bag curtain",

@@ -24,7 +24,7 @@ def make_engine(
         scaler: the run's gradient scaler.
 
     Returns:
-        the engine, by what the model was prepared by.
+        the engine that fits how the model was prepared.
 
     Raises:
         ValueError: the model has no trainable parameter, or is prepared in a way that OGPSA does not support.

@@ -11,7 +11,7 @@ from .zero import Place, ZeroEngine
 
 
 class Zero12Engine(ZeroEngine):
-    """ZeRO-1 and ZeRO-2: a process owns a range of all parameters laid end to end, so whole ones and parts of two."""
+    """ZeRO-1 and ZeRO-2: a process owns a range of all parameters laid end to end: whole ones, and parts of two."""
 
     expected = (
         "all_grad_tensors averaged_gradients bit16_groups cpu_offload dp_process_group "
@@ -120,7 +120,7 @@ def make_zero_engine(model: torch.nn.Module, engine: Any) -> ZeroEngine:
     """Make the engine of a DeepSpeed run.
 
     Raises:
-        ValueError: not a ZeRO optimizer of stage 1, 2 or 3 that OGPSA supports; names it.
+        ValueError: the optimizer is not one of ZeRO stage 1, 2 or 3 that OGPSA supports; names it.
         RuntimeError: this version of DeepSpeed does not look as expected.
     """
     kind = type(engine.optimizer).__name__
@@ -134,7 +134,7 @@ def make_zero_engine(model: torch.nn.Module, engine: Any) -> ZeroEngine:
 
 @contextmanager
 def before_step(engine: Any, action: Callable[[], None]) -> Iterator[None]:
-    """Call `action` between DeepSpeed's last backward pass of a step and its step while the context is open.
+    """While the context is open, call `action` between the last backward pass of DeepSpeed's step and the step itself.
 
     accelerate's wrapper calls `engine.backward` and `engine.step` in one; the gradients are complete between the two.
     """

@@ -19,7 +19,7 @@ class Weight(NamedTuple):
             float32 partition of many parameters.
         start: the first element, in the flattened local part of `optimized`.
         size: the number of elements.
-        group: the index of the optimizer's parameter group that steps it; None where the group names `optimized`.
+        group: the index of the optimizer's parameter group that steps it; None if the group lists `optimized` itself.
     """
 
     optimized: torch.Tensor
@@ -36,7 +36,7 @@ class Weight(NamedTuple):
 class Engine(ABC):
     """Where each trainable parameter's accumulated gradient is, and how reference gradients are computed into it.
 
-    A gradient is complete when `gradients` is called: accumulated, reduced over the processes, not yet clipped. Where
+    A gradient is complete when `gradients` is called: accumulated, reduced over the processes, not yet clipped. If
     processes hold a piece of each gradient, everything here is about this process's piece.
 
     Attributes:
@@ -76,11 +76,11 @@ class Engine(ABC):
     @property
     @abstractmethod
     def loss_scale(self) -> float:
-        """What losses are multiplied by at present so that float16 gradients do not vanish; 1 where they are not."""
+        """What losses are multiplied by now, so that float16 gradients do not vanish; 1 if they are not multiplied."""
 
     @abstractmethod
     def gradients(self) -> list[torch.Tensor | None]:
-        """Return the gradients, None where a parameter has none; writing to them changes the step."""
+        """Return the gradients, None for a parameter without one; writing to them changes the step."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -92,7 +92,7 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        """Add the gradient of `scale` times the sum of the processes' losses; every process calls it as often.
+        """Add the gradient of `scale` times the sum of the processes' losses; every process calls it equally often.
 
         Args:
             loss: this process's part of the loss, a scalar.
@@ -105,7 +105,7 @@ class Engine(ABC):
 
     @abstractmethod
     def fill(self) -> None:
-        """Give parameters without a gradient one of zeros, to which a projection can be written."""
+        """Give parameters without a gradient a gradient of zeros, to which a projection can be written."""
 
     def projected(self) -> None:
         """Update what was derived from the gradients before they were changed in place."""
@@ -121,7 +121,7 @@ class Engine(ABC):
 
     @abstractmethod
     def weights(self) -> list[Weight | None]:
-        """Return where the weights of each gradient are; None where this process has none of them."""
+        """Return where the weights of each gradient are; None if this process has none of them."""
 
 
 class ParameterGradients(Engine):

@@ -1,4 +1,4 @@
-"""Gradients that PyTorch's `fully_shard` (FSDP2) has split: DTensors, of which a process holds one shard."""
+"""Gradients that PyTorch's `fully_shard` (FSDP2) has split into DTensors: each process holds one shard."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,20 +12,15 @@ from .processes import Processes
 
 
 class FullyShardedEngine(ParameterGradients):
-    """The engine of DTensor gradients, sharded over one dimension of the device mesh (with HSDP's others replicating).
+    """The engine of DTensor gradients, sharded over one dimension of the device mesh (with HSDP, others replicate).
 
-    Every backward pass reduces and scatters; FSDP divides by the number of processes, which `backward` compensates.
+    Every backward pass reduces and scatters. FSDP divides by the number of processes; `backward` compensates for it.
     """
 
     def __init__(
         self, model: torch.nn.Module, device: torch.device, scaler: torch.amp.GradScaler | None = None
     ) -> None:
-        """Look up the trainable parameters of a model.
-
-        Args:
-            model: the model after `fully_shard`.
-            device: where the processes communicate.
-            scaler: the run's gradient scaler.
+        """Look up the trainable parameters of a model after `fully_shard`; `device` is where processes communicate.
 
         Raises:
             ValueError: the model has no trainable parameter, or one that is not split as the others are.
@@ -79,7 +74,7 @@ def _shard_group(param: torch.nn.Parameter) -> dist.ProcessGroup | None:
 
 
 def _offset(param: DTensor) -> int:
-    """Return the first element of this process's shard in the flattened parameter; it is sharded by `torch.chunk`."""
+    """Return the first element of this process's shard in the flattened parameter, which `torch.chunk` cuts."""
     dim = next(dim for dim, placement in enumerate(param.placements) if placement.is_shard())
     rows = -(-param.shape[0] // param.device_mesh.size(dim))
     return min(param.device_mesh.get_local_rank(dim) * rows, param.shape[0]) * (param.numel() // param.shape[0])

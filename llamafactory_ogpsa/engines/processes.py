@@ -15,7 +15,7 @@ class Processes:
         rank: the number of this process.
         size: the number of processes.
         device: where they communicate (the accelerator for NCCL), wherever the gradients are.
-        shard_group: those that every gradient is split over; None where each process has it whole.
+        shard_group: those that every gradient is split over; None if each process has it whole.
     """
 
     rank: int = 0
@@ -25,7 +25,7 @@ class Processes:
 
     @property
     def sharded(self) -> bool:
-        """True where every process holds a piece of each gradient."""
+        """True if every process holds a piece of each gradient."""
         return self.shard_group is not None
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
@@ -42,7 +42,7 @@ class Processes:
         return tensor if self.size == 1 else self._sum(tensor, None)
 
     def union(self, items: Iterable[Hashable]) -> list:
-        """Return what any process has of some sortable items, each once, in the same order in every process."""
+        """Return the sortable items that any process has, each once, in the same order in every process."""
         everywhere: list[list] = [list(items)] * self.size
         if self.size > 1:
             dist.all_gather_object(everywhere, list(items))
@@ -60,7 +60,7 @@ class Processes:
     def agree(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the first process's version of a small tensor in all processes.
 
-        Eigenvectors are unique up to their sign at most, so processes on different machines may choose differently,
+        Eigenvectors are at best unique up to their sign, so processes on different machines may choose differently,
         and replicas that project by different numbers drift apart.
         """
         if self.size == 1:

@@ -20,12 +20,7 @@ class ReplicatedEngine(ParameterGradients):
         wrapped: torch.nn.Module | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        """Look up the trainable parameters of a model.
-
-        Args:
-            model: the bare model.
-            wrapped: what the trainer calls for a forward pass; DistributedDataParallel makes the engine distributed.
-            scaler: the run's gradient scaler.
+        """Look up the trainable parameters; the engine is distributed if `wrapped` is a DistributedDataParallel.
 
         Raises:
             ValueError: the model has no trainable parameter, or has them on several devices.

@@ -19,7 +19,7 @@ from .engine import Engine, Weight
 from .processes import Processes
 
 
-# Before it, ZeRO-2 with offload silently dropped all but the last of several backward passes.
+# In older versions, ZeRO-2 with offload silently drops all but the last of several backward passes.
 OLDEST_VERSION = "0.19.0"
 
 # What DeepSpeed's engine must have.
@@ -60,7 +60,7 @@ def find_problems() -> list[str]:
 class ZeroEngine(Engine):
     """What the engines of the ZeRO stages have in common.
 
-    DeepSpeed averages gradients over the processes, which `backward` compensates, and clips inside its step, after the
+    DeepSpeed averages gradients over the processes; `backward` compensates for it. It clips inside its step, after the
     projection: the norm that it clips by and logs is the projected gradient's.
 
     Attributes:
@@ -112,8 +112,8 @@ class ZeroEngine(Engine):
             engine.set_gradient_accumulation_boundary(boundary)
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
-        # At the boundary DeepSpeed copies to the host only the gradients of that backward pass: with offload, `complete`
-        # lets it copy those of all.
+        # At the boundary DeepSpeed copies to the host only the gradients of that backward pass: with offload,
+        # `complete` makes it copy those of all passes.
         self._engine.set_gradient_accumulation_boundary(last and not self._finalizes)
         # DeepSpeed multiplies by its own loss scale, and by 1 / gradient_accumulation_steps unless told not to.
         self._engine.backward(loss * (scale * self.processes.size / self.loss_scale), scale_wrt_gas=False)
@@ -135,7 +135,7 @@ class ZeroEngine(Engine):
 
     @abstractmethod
     def _find_places(self) -> list[Place | None]:
-        """Return where the piece of each parameter is; None where this process has none."""
+        """Return where the piece of each parameter is; None if this process has none."""
 
     def _check(self) -> None:
         """Check that DeepSpeed has what the engine uses; raise a RuntimeError that lists what is missing."""
@@ -164,7 +164,7 @@ class ZeroEngine(Engine):
 
     @abstractmethod
     def _partitions(self) -> list[torch.Tensor]:
-        """Return the flat float32 weights that the optimizer steps, one a group, laid out as `Place` says."""
+        """Return the flat float32 weights that the optimizer steps, one per group, laid out as `Place` says."""
 
     @abstractmethod
     def _pieces(self) -> dict[int, list[torch.Tensor]]:
@@ -173,7 +173,7 @@ class ZeroEngine(Engine):
     def gradients(self) -> list[torch.Tensor | None]:
         self._wait()
         if self._offload:
-            # The buffers keep gradients of earlier steps; DeepSpeed keeps the norms of those that this step has made.
+            # The buffers also hold gradients of earlier steps; DeepSpeed has norms only for those of this step.
             reached = self._zero.norm_for_param_grads
             return [
                 piece if self._zero.get_param_id(param) in reached else None
@@ -202,7 +202,7 @@ class ZeroEngine(Engine):
                     weight.part_of(weight.optimized).copy_(part)
 
     def _gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager:
-        """Return a context in which these parameters are whole, and after which changes of them are kept."""
+        """Return a context in which these parameters are whole; changes made in it are kept."""
         return nullcontext()
 
     def weights(self) -> list[Weight | None]:
@@ -215,7 +215,7 @@ class ZeroEngine(Engine):
         ]
 
     def _parameter_groups(self) -> dict[int, int]:
-        """Return the optimizer's parameter group of each group, where they are not the same."""
+        """Return the optimizer's parameter group of each group, if they are not the same."""
         return {}
 
     def fill(self) -> None:

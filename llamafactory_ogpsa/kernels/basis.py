@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 
 
-# Size of each of the two buffers on the device: enough for a copy to reach the bus's speed, small against the gradients.
+# Size of each of the two buffers on the device: enough for a copy to reach the bus's speed, small beside gradients.
 BUCKET_BYTES = 64 << 20
 ALIGNMENT = 256
-# Where tensors are cut: their second pieces stay aligned to 16 bytes.
+# Tensors are cut at multiples of so many elements, so that their later pieces stay aligned to 16 bytes.
 CUT = 16
 
 
@@ -20,7 +20,7 @@ class Piece(NamedTuple):
         tensor: index of the parameter tensor.
         group: the group whose coefficients the piece adds to.
         start: first element, counted in the flattened parameter tensor.
-        basis: tensor ``[rank, length]``, float32 or bfloat16, rows contiguous, on the device that computes.
+        basis: tensor `[rank, length]`, float32 or bfloat16, rows contiguous, on the device that computes.
     """
 
     tensor: int
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class ResidentBasis:
-    """A basis on the device that computes, one piece a tensor.
+    """A basis on the device that computes, one piece per tensor.
 
     Pieces come in the order of their groups, so that each group's partial sums lie together; empty tensors have none.
     """
@@ -45,12 +45,12 @@ class ResidentBasis:
         self.buckets = [range(len(self.pieces))]
 
     def load(self) -> Iterator[range]:
-        """Yield each bucket, a range of ``pieces``, while its basis may be read."""
+        """Yield each bucket, a range of `pieces`, while its basis may be read."""
         yield from self.buckets
 
 
 class StreamedBasis(ResidentBasis):
-    """A basis in pinned host memory, copied to the device a bucket at a time while the bucket before is worked on.
+    """A basis in pinned host memory, copied to the device one bucket at a time while the bucket before is worked on.
 
     A bucket holds as many pieces as fit; a tensor that does not fit is cut. Even buckets pass through one buffer, odd
     ones through the other, so each piece has a fixed place on the device. Memory that is not pinned works too, but is
@@ -77,7 +77,7 @@ class StreamedBasis(ResidentBasis):
             used = self._place(basis[i], i, groups[i], used)
 
     def load(self) -> Iterator[range]:
-        """Yield each bucket, a range of ``pieces``, while its basis may be read.
+        """Yield each bucket, a range of `pieces`, while its basis may be read.
 
         Work on a bucket must be queued on the current stream before the next bucket is taken.
         """
@@ -106,9 +106,9 @@ class StreamedBasis(ResidentBasis):
             released = main.record_event()
 
     def _place(self, tensor: torch.Tensor, index: int, group: int, used: int) -> int:
-        """Make the pieces of a tensor's basis ``[rank, numel]``, in the last bucket while it has room, then in new ones.
+        """Make the pieces of a tensor's basis `[rank, numel]`, in the last bucket while it has room, then in new ones.
 
-        ``used`` is the number of bytes used in the last bucket; the new number is returned.
+        `used` is the number of bytes used in the last bucket; the new number is returned.
         """
         rank, numel = tensor.shape
         width = rank * tensor.itemsize

@@ -32,17 +32,17 @@ def make_plan(
     The plan keeps the basis's addresses: make another when the basis is replaced, and do not resize the tensors.
 
     Args:
-        basis: one contiguous tensor ``[rank, numel_i]`` per parameter tensor, float32 or bfloat16, all of the same
-            rank, 1 to 32, and on the same device; ``numel_i`` may be zero.
-        groups: the group of each tensor, over which products are summed: ``0, 1, 2, ...`` for a basis per tensor, all
+        basis: one contiguous tensor `[rank, numel_i]` per parameter tensor, float32 or bfloat16, all of the same rank,
+            1 to 32, and on the same device; `numel_i` may be zero.
+        groups: the group of each tensor, over which products are summed: `0, 1, 2, ...` for a basis per tensor, all
             zero for one basis over all tensors together, or any other mapping.
         num_groups: number of groups; a group may have no tensors.
-        kernel: ``triton``, ``torch``, or ``auto`` for Triton where it can run.
+        kernel: `triton`, `torch`, or `auto` for Triton if it can run.
         device: the gradients' device; None for the basis's. With the basis on the CPU, in pinned memory, and the
             gradients elsewhere, each pass streams the basis through two buffers on the device.
 
     Raises:
-        ValueError: the arguments are not as above, or ``triton`` cannot run here.
+        ValueError: the arguments are not as above, or `triton` cannot run here.
     """
     _check(basis, groups, num_groups)
     device = basis[0].device if device is None else torch.empty(0, device=device).device
@@ -57,10 +57,10 @@ def make_plan(
 
 
 def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
-    """Choose the implementation for gradients on a device, as :func:`make_plan` does.
+    """Choose the implementation for gradients on a device, as `make_plan` does.
 
     Raises:
-        ValueError: an unknown kernel, or ``triton`` where it cannot run.
+        ValueError: an unknown kernel, or `triton` if it cannot run.
     """
     if use_triton(kernel, device):
         from .triton_rows import TritonRows
@@ -102,7 +102,7 @@ def _source(basis: Sequence[torch.Tensor], groups: Sequence[int], device: torch.
 
 
 def use_triton(kernel: str, device: torch.device) -> bool:
-    """Choose between Triton and torch, and log the choice of ``auto``; see :func:`make_plan`."""
+    """Choose between Triton and torch, and log the choice of `auto`; see `make_plan`."""
     if kernel not in ("auto", "triton", "torch"):
         raise ValueError(f"kernel must be auto, triton or torch, not {kernel!r}.")
 
@@ -121,7 +121,7 @@ def use_triton(kernel: str, device: torch.device) -> bool:
 
 
 def triton_obstacle(device_type: str, interpret: bool) -> str | None:
-    """Return why Triton cannot run on this type of device, None where it can; `interpret` counts its interpreter."""
+    """Return why Triton cannot run on this type of device, None if it can; with `interpret` its interpreter counts."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
 
@@ -138,14 +138,14 @@ def triton_obstacle(device_type: str, interpret: bool) -> str | None:
 
 
 def _driver_obstacle() -> str | None:
-    """Return why Triton cannot launch kernels on this machine's accelerator, None where it can."""
+    """Return why Triton cannot launch kernels on this machine's accelerator, None if it can."""
     try:
         from triton.runtime import driver
 
         from .triton_kernels import INTERPRETED
 
         if INTERPRETED:
-            # They would read the accelerator's addresses as the host's.
+            # Interpreted kernels would read the accelerator's addresses as the host's.
             return "TRITON_INTERPRET is set, and interpreted kernels cannot read an accelerator's memory"
 
         # Builds the driver's code, for which Triton needs a C compiler and Python's headers.

@@ -10,16 +10,16 @@ from itertools import product
 import torch
 
 
-# Up to this many reference gradients, all faces of their dual cone are tried at once, which is exact.
+# With up to this many reference gradients, all faces of their dual cone are tried at once, which is exact.
 _MOST_FACES = 6
-# Beyond it: steps of an active-set method for each reference gradient; it typically takes one to two.
+# With more: steps of an active-set method for each reference gradient; it typically takes one to two.
 _ACTIVE_SET_STEPS = 6
 
 Policy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def clipping_factor(norm: torch.Tensor, max_norm: float | None) -> torch.Tensor | None:
-    """Return the factor of `torch.nn.utils.clip_grad_norm_`, in the norm's dtype; None where nothing is clipped."""
+    """Return the factor of `torch.nn.utils.clip_grad_norm_`, in the norm's dtype; None if nothing is clipped."""
     return None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -42,7 +42,7 @@ def orthogonal_step(
         what is left, float32, 0-dim.
     """
     removed = (inverse_gram.to(products.dtype) @ products.unsqueeze(-1)).squeeze(-1)
-    total = squared_norms.sum().float()  # float32, in which the caller sees the same sum
+    total = squared_norms.sum().float()  # in float32, so that the caller sees the same sum
     finite = total.isfinite()
     delta = torch.where(finite, -removed, 0.0).float()
     kept = (squared_norms - (products * removed).sum(-1)).clamp(min=0.0).sum()
@@ -88,9 +88,9 @@ def conflict_policy(references: torch.Tensor) -> Policy:
 def _active_set(normals: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """Solve the dual of `conflict_policy` for all groups at once, without a host synchronisation.
 
-    Lawson and Hanson's method with its two loops made one: in every step a group either moves to the optimum on its
-    active constraints and adds the most violated one, or, where that would make a multiplier negative, moves until the
-    first multiplier is zero and drops that constraint. A group that is done does not move.
+    Lawson and Hanson's method with its two loops merged into one: in every step a group either moves to the optimum on
+    its active constraints and adds the most violated one, or, if that would make a multiplier negative, moves until
+    the first multiplier is zero and drops that constraint. A group that is done does not move.
 
     Args:
         normals: float64 `[groups, n, rank]`.

@@ -1,6 +1,6 @@
 """The two passes of scope `inputs`, over one matrix at a time.
 
-For a gradient ``G [rows, in]`` and a basis ``V [k, in]`` with orthonormal rows, ``C = G Vᵀ`` and ``G ← s (G − C V)``.
+For a gradient `G [rows, in]` and a basis `V [k, in]` with orthonormal rows, `C = G Vᵀ` and `G ← s (G − C V)`.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 
-# Numbers of a vector whose squares are summed in float32.
+# At most so many squares of a vector's numbers are summed in float32.
 _LONGEST_ROW = 1024
 
 
@@ -21,21 +21,21 @@ class RowsKernel(Protocol):
         """Measure a gradient along a basis.
 
         Args:
-            gradient: float32, bfloat16 or float16 ``[rows, in]``.
-            basis: float32 ``[k, in]``, contiguous, on the same device.
+            gradient: float32, bfloat16 or float16 `[rows, in]`.
+            basis: float32 `[k, in]`, contiguous, on the same device.
 
         Returns:
-            C, float32 ``[rows, k]``, and ``(‖G‖², ‖C‖²)``, float64 ``[2]``.
+            `C`, float32 `[rows, k]`, and `(‖G‖², ‖C‖²)`, float64 `[2]`.
         """
 
     def apply_(
         self, gradient: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor | None
     ) -> None:
-        """Change a gradient in place: ``G ← s (G − C V)``, computed in float32 and rounded at the write.
+        """Change a gradient in place: `G ← s (G − C V)`, computed in float32 and rounded at the write.
 
         Args:
             gradient: as above.
-            coefficients: float32 ``[rows, k]``; zeros leave finite values as they are.
+            coefficients: float32 `[rows, k]`; zeros leave finite values as they are.
             basis: as above.
             scale: float32, 0-dim, or None for one.
         """
@@ -64,9 +64,9 @@ class TorchRows:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Multiply float32 matrices in float32, also where a run lets its own products be TF32."""
+    """Multiply float32 matrices in float32, even if a run allows TF32 for its own products."""
     matmul = torch.backends.cuda.matmul
-    # Where there is the newer setting, a run that uses it makes torch raise for who reads the older one.
+    # If a run uses the newer setting, torch raises when the older one is read.
     setting, exact = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     before = getattr(matmul, setting)
     setattr(matmul, setting, exact)

@@ -1,4 +1,4 @@
-"""The two passes in plain torch: the reference implementation, and the one of CPUs."""
+"""The two passes in plain torch: the reference implementation, and the one for CPUs."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,15 +17,15 @@ WORK_NUMEL_ELSEWHERE = 1 << 24
 
 
 class Chunk(NamedTuple):
-    """What is worked on at a time.
+    """The part of a piece that is worked on at a time.
 
     Attributes:
         tensor: index of the parameter tensor.
         group: the group it belongs to.
         where: its elements in the flattened parameter tensor, None for all.
-        basis: view ``[rank, length]`` of the basis.
-        work: view float32 ``[rank + 1, length]`` of the work table.
-        sums: view float32 ``[rank + 1]`` of the table of partial sums, the last entry for the squared norm.
+        basis: view `[rank, length]` of the basis.
+        work: view float32 `[rank + 1, length]` of the work table.
+        sums: view float32 `[rank + 1]` of the table of partial sums, the last entry for the squared norm.
     """
 
     tensor: int

@@ -2,10 +2,10 @@
 
 A program finds its work in tables, so that one launch serves any number of tensors:
 
-- ``pieces``, int64 ``[5, num_pieces]``: the basis's address, its kind, the number of elements (which is also the
-  distance between the basis's rows), the group and the first tile of each piece;
-- ``gradients``, int64 ``[2, num_pieces]``: the gradient's address (0 for none) and its kind;
-- ``tile_piece``, int32 ``[num_tiles]``: the piece each tile belongs to; a tile is ``TILE`` consecutive elements.
+- `pieces`, int64 `[5, num_pieces]`: the basis's address, its kind, the number of elements (which is also the distance
+  between the basis's rows), the group and the first tile of each piece;
+- `gradients`, int64 `[2, num_pieces]`: the gradient's address (0 for none) and its kind;
+- `tile_piece`, int32 `[num_tiles]`: the piece each tile belongs to; a tile is `TILE` consecutive elements.
 
 A kind is twice the dtype's index in ``GRADIENT_DTYPES``, plus one where the elements cannot be read 16 bytes at a time.
 ``GRADIENT_KINDS`` and ``BASIS_KINDS`` are the sets of kinds that occur, one bit each: code exists only for these, and
@@ -27,7 +27,7 @@ _TINY = tl.constexpr(TINY_SQUARE)
 
 @triton.jit
 def _load(address, kind, rows, num_rows, stride, first, lanes, left, KINDS: tl.constexpr):
-    """Read ``[rows, lanes]`` elements as float32, zeros beyond ``num_rows`` and ``left``."""
+    """Read `[rows, lanes]` elements as float32, zeros beyond `num_rows` and `left`."""
     values = tl.zeros([rows.shape[0], lanes.shape[0]], tl.float32)
     for k in tl.static_range(6):
         if (KINDS >> k) & 1:
@@ -49,7 +49,7 @@ def _load_kind(address, rows, num_rows, stride, first, lanes, left, KIND: tl.con
 
 @triton.jit
 def _store(values, address, kind, first, lanes, left, KINDS: tl.constexpr):
-    """Write float32 ``[1, lanes]`` in the gradient's dtype, nothing at ``left`` and beyond."""
+    """Write float32 `[1, lanes]` in the gradient's dtype, nothing from `left` on."""
     for k in tl.static_range(6):
         if (KINDS >> k) & 1:
             if KINDS == 1 << k:
@@ -66,9 +66,9 @@ def _store_kind(values, address, first, lanes, left, KIND: tl.constexpr):
 
 @triton.jit
 def _locate(address, first, lanes, left, KIND: tl.constexpr):
-    # Rounding down changes nothing for this kind, and lets the compiler use wide accesses. A hint (tl.multiple_of) on the
-    # address would hold in the other kinds' branches too; the pointer, which only this branch has, needs one because the
-    # compiler loses the alignment in the cast.
+    # Rounding down changes nothing for this kind, and lets the compiler use wide accesses. A hint (tl.multiple_of) on
+    # the address would hold in the other kinds' branches too; the pointer, which only this branch has, needs one
+    # because the compiler loses the alignment in the cast.
     if KIND % 2 == 0:
         address = address // 16 * 16
         left = left // 8 * 8
@@ -113,7 +113,7 @@ def partial_sums_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a tile's sums of ``B g`` and ``g²`` to a column of ``partials``, float32 ``[RANK + 1, num_tiles]``."""
+    """Write a tile's sums of `B g` and `g²` to a column of `partials`, float32 `[RANK + 1, num_tiles]`."""
     tile = (first + tl.program_id(0)).to(tl.int64)
     gradient, gradient_kind, basis, basis_kind, length, _, start = _tile(
         tile, gradients, pieces, tile_piece, num_pieces, TILE
@@ -156,11 +156,11 @@ def reduce_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add a group's tiles, from ``group_tiles[group]`` to the next, in float64, and choose its δ by the policy ``orthogonal``.
+    """Add a group's tiles, `group_tiles[group]` to the next, in float64; choose its δ by the policy `orthogonal`.
 
-    Writes ``products_out`` float32 ``[num_groups, RANK]`` and ``squared_norms_out`` float32 ``[num_groups]``; with SOLVE
-    also ``delta_out`` float32 ``[num_groups, RANK]``, ``-A p``, and ``norms`` float64 ``[2, num_groups]``, the squared
-    norm before and after the projection. In torch this is ``policy.orthogonal_step``.
+    Writes `products_out` float32 `[num_groups, RANK]` and `squared_norms_out` float32 `[num_groups]`; with SOLVE also
+    `delta_out` float32 `[num_groups, RANK]`, `-A p`, and `norms` float64 `[2, num_groups]`, the squared norm before
+    and after the projection. In torch this is `policy.orthogonal_step`.
     """
     group = tl.program_id(0).to(tl.int64)
     begin = tl.load(group_tiles + group)
@@ -204,11 +204,11 @@ def _decide(norms, max_norm, num_groups, BLOCK: tl.constexpr):
         total += tl.load(norms + i + columns, mask, other=0.0)
         kept += tl.load(norms + num_groups + i + columns, mask, other=0.0)
         i += BLOCK
-    # In float32, in which the caller sees the same sum.
+    # In float32, so that the caller sees the same sum.
     total = tl.sum(total, 0).to(tl.float32)
     kept = tl.sum(kept, 0)
     finite = tl.abs(total) < float("inf")
-    # A tensor in the interpreter too: the one of Triton 3.2 has no `|` of a bool and a tensor.
+    # Made a tensor for the interpreter: that of Triton 3.2 has no `|` of a bool and a tensor.
     max_norm = tl.full([], max_norm, tl.float32)
     norm = tl.sqrt(tl.where(finite, kept, total.to(tl.float64)))
     factor = max_norm / (norm + 1e-6)
@@ -241,10 +241,10 @@ def apply_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write ``s·(g + Bᵀ δ)`` to the tiles from ``first`` to before ``last``.
+    """Write `s·(g + Bᵀ δ)` to the tiles from `first` to before `last`.
 
-    With DECIDE every program works s out, from the same table in the same order, and the first one writes the norm of
-    what is left to ``norm_out``, float32; else they read ``scale``.
+    With DECIDE every program computes `s`, from the same table in the same order, and the first one writes the norm of
+    what is left to `norm_out`, float32; else all read `scale`.
     """
     if DECIDE:
         s, finite, norm = _decide(norms, max_norm, num_groups, GROUPS)

@@ -16,9 +16,9 @@ class Blocks(NamedTuple):
 
     Attributes:
         block: elements that a program has in flight at a time, a multiple of 8 for each of its threads.
-        warps: warps a program.
-        tile: elements that a program works through, and of the smaller tiles that keep a small model's programs
-            numerous.
+        warps: warps per program.
+        tile: elements that a program works through.
+        small_tile: the same for a small model, so that it still has many programs.
         programs: programs of the last pass per processor, each of which goes through several tiles.
     """
 
@@ -29,8 +29,8 @@ class Blocks(NamedTuple):
     programs: int
 
 
-# 256 threads with 16 bytes of each row a thread. On the CPU, where the interpreter runs, small enough for small
-# tensors to have several tiles.
+# 256 threads, each with 16 bytes of each row. On the CPU, where the interpreter runs, small enough for small tensors
+# to have several tiles.
 BLOCKS = {
     "cuda": Blocks(block=2048, warps=8, tile=65536, small_tile=16384, programs=16),
     "hip": Blocks(block=2048, warps=4, tile=65536, small_tile=16384, programs=16),
@@ -38,7 +38,7 @@ BLOCKS = {
 }
 # A model with fewer elements gets the smaller tiles.
 SMALL_NUMEL = 1 << 28
-# Partial sums that a program of the reduction has in flight, as float64, at a time.
+# Partial sums that a program of the reduction has in flight at a time, as float64.
 REDUCE_NUMEL = 4096
 
 _DTYPE_SIZES = torch.tensor([dtype.itemsize for dtype in GRADIENT_DTYPES])
@@ -50,8 +50,8 @@ Start = Callable[..., None]
 class TritonPlan(Plan):
     """The plan whose passes are Triton kernels over tables of addresses.
 
-    The basis's table is made here, the gradients' when their addresses change. Sums over a tile are float32, each
-    thread's sums being short, and the tiles are added in float64.
+    The basis's table is made here, the gradients' when their addresses change. Sums over a tile are float32, because
+    each thread's sums are short; the tiles are added in float64.
     """
 
     def __init__(self, source: ResidentBasis, numels: Sequence[int], num_groups: int, rank: int) -> None:
@@ -162,7 +162,7 @@ class TritonPlan(Plan):
         """Bring the table of the gradients' addresses and kinds up to date.
 
         Returns:
-            A pair (gradient, its contiguous copy, which the table names instead) for each that is not contiguous.
+            a pair (gradient, its contiguous copy) for each that is not contiguous; the table has the copy's address.
         """
         # This part runs in every step for every tensor, the rest only after a change.
         signature = (
@@ -231,7 +231,7 @@ class TritonPlan(Plan):
         norm: torch.Tensor | None = None,
         max_norm: float | None = None,
     ) -> None:
-        """Write the tiles from first to before last; without a scale the kernel decides on it, and writes the norm."""
+        """Write tiles `first` to before `last`; without a scale the kernel computes it, and writes the norm."""
         start(
             apply_kernel,
             min(last - first, self._programs),
@@ -254,12 +254,12 @@ class TritonPlan(Plan):
 
 
 def _backend(device: torch.device) -> str:
-    """Return the key of ``BLOCKS`` for a device: cuda, hip, or cpu where the interpreter runs."""
+    """Return the key of `BLOCKS` for a device: cuda, hip, or cpu where the interpreter runs."""
     return "hip" if device.type == "cuda" and torch.version.hip else device.type
 
 
 def _launch(kernel: triton.KernelInterface, programs: int, *arguments, **options) -> None:
-    # A plan all of whose tensors are empty has no tiles.
+    # If all tensors of a plan are empty, it has no tiles.
     if programs > 0:
         kernel[(programs,)](*arguments, **options)
 
@@ -275,7 +275,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _power(number: int, largest: int) -> int:
-    """Return the power of two that holds a number, largest at most."""
+    """Return the least power of two that is not below a number, but at most `largest`."""
     return min(triton.next_power_of_2(max(number, 1)), largest)
 
 
@@ -289,7 +289,7 @@ def _starts(counts: torch.Tensor) -> torch.Tensor:
 
 
 def _kinds(addresses: torch.Tensor, dtypes: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Return the kernels' kinds. Eight elements are at least 16 bytes, so rows of such lengths stay aligned."""
+    """Return the kernels' kinds. Eight elements are at least 16 bytes, so rows of multiples of eight stay aligned."""
     aligned = (addresses % 16 == 0) & (lengths % 8 == 0)
     return 2 * dtypes + (~aligned).long()
 

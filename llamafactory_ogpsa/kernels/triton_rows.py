@@ -1,4 +1,4 @@
-"""The two passes of scope `inputs` in Triton: one launch a matrix and pass, with the norms in the same read."""
+"""The two passes of scope `inputs` in Triton: one launch per matrix and pass, with the norms in the same read."""
 
 import torch
 import triton
@@ -9,8 +9,8 @@ from .rows import TorchRows
 
 # Directions that fit a program's registers; more go to torch's matrix products.
 MAX_DIRECTIONS = 128
-# Rows of a program, and columns and (in the second pass) directions that it has in flight: with these nothing spills on
-# sm_90.
+# Rows of a program, and columns and (in the second pass) directions that it has in flight: with these sizes no
+# register spills on sm_90.
 _ROWS = 32
 _COLUMNS = 32
 _CHUNK = 32
@@ -30,7 +30,7 @@ def rows_coefficients_kernel(
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write ``C`` of ``ROWS`` rows, and their sums of squares of ``G`` and ``C`` to ``sums``, float32 ``[2, programs]``."""
+    """Write `C` of `ROWS` rows, and the sums of squares of `G` and `C` to `sums`, float32 `[2, programs]`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     direction = tl.arange(0, PADDED)
     lanes = tl.arange(0, COLUMNS)
@@ -68,7 +68,7 @@ def rows_apply_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Replace ``ROWS`` rows of ``G`` by ``s (G − C V)``."""
+    """Replace `ROWS` rows of `G` by `s (G − C V)`."""
     s = tl.load(scale)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     direction = tl.arange(0, PADDED)
@@ -101,7 +101,7 @@ def rows_apply_kernel(
 class TritonRows(TorchRows):
     """The passes as kernels that read the gradient once each; the basis, which is small, comes from the cache.
 
-    With more than ``MAX_DIRECTIONS`` directions they are torch's matrix products.
+    With more than `MAX_DIRECTIONS` directions they are torch's matrix products.
     """
 
     def coefficients(self, gradient: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

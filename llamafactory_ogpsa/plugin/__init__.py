@@ -1,1 +1,1 @@
-"""Everything that knows LLaMA-Factory, one file a seam; imported when LLaMA-Factory's own modules are."""
+"""Everything that depends on LLaMA-Factory, one file per seam; imported when LLaMA-Factory's own modules are."""

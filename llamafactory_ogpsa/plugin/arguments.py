@@ -1,4 +1,7 @@
-"""The `ogpsa_*` options as fields of LLaMA-Factory's finetuning arguments."""
+"""The `ogpsa_*` options as fields of LLaMA-Factory's finetuning arguments.
+
+Every refusal is a ValueError that names the option, its value and what is allowed.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
@@ -44,16 +47,12 @@ def split_prefix(value: Any) -> tuple[Any, bool]:
 
 
 def looks_like_ours(value: Any) -> bool:
-    """Return True for a stage or finetuning type that is meant to ask for OGPSA, misspelt or not: `ogpsa`, `ogpsa_stf`."""
+    """Return whether a stage or finetuning type is meant to ask for OGPSA, misspelt or not: `ogpsa`, `ogpsa_stf`."""
     return str(value).startswith(PREFIX.removesuffix("_"))
 
 
 def refuse_spelling(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Refuse a stage or finetuning type that looks like one of OGPSA's and is not.
-
-    Raises:
-        ValueError: names the option, its value, and what is allowed.
-    """
+    """Refuse a stage or finetuning type that looks like one of OGPSA's and is not."""
     spellings = [PREFIX + item for item in allowed]
     if looks_like_ours(value) and value not in spellings:
         raise ValueError(f"`{name}` is {value!r}; allowed with OGPSA: {', '.join(spellings)}.")
@@ -64,7 +63,7 @@ def extend(stock: type) -> type:
 
     Returns:
         a subclass of the same name. Its instances have stock values in `stage` and `finetuning_type`, whatever was
-        given; `ogpsa_enabled` is True where the run asks for OGPSA.
+        given; `ogpsa_enabled` is True if the run asks for OGPSA.
 
     Raises:
         TypeError: the class does not have the fields that are extended.

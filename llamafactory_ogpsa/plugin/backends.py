@@ -1,6 +1,7 @@
-"""Backends and trainers of LLaMA-Factory that OGPSA does not support: refused by name where a run asks for OGPSA.
+"""Backends and trainers of LLaMA-Factory that OGPSA does not support: refused by name if a run asks for OGPSA.
 
-The checks read what the user gave before LLaMA-Factory parses it, because its parser depends on the backend.
+The checks read what the user gave before LLaMA-Factory parses it, because its parser depends on the backend. Every
+refusal is a ValueError that names the option, its value and what is allowed.
 """
 
 import os
@@ -70,11 +71,7 @@ def refuse_given(arguments: dict[str, Any] | list[str]) -> None:
 
 
 def refuse_parser(name: str, arguments: dict[str, Any] | list[str]) -> None:
-    """Refuse an OGPSA run that LLaMA-Factory's function `name` parses, which OGPSA does not know.
-
-    Raises:
-        ValueError: the arguments ask for OGPSA.
-    """
+    """Refuse an OGPSA run that LLaMA-Factory's function `name` parses, which OGPSA does not know."""
     asking = ogpsa_options(arguments)
     if asking:
         raise ValueError(
@@ -84,11 +81,7 @@ def refuse_parser(name: str, arguments: dict[str, Any] | list[str]) -> None:
 
 
 def refuse_trainers(model_args: Any, training_args: Any) -> None:
-    """Refuse by name what the model and training arguments ask for and OGPSA does not support.
-
-    Raises:
-        ValueError: names the option, its value, and what is allowed.
-    """
+    """Refuse what the model and training arguments ask for and OGPSA does not support."""
     if getattr(model_args, "use_kt", False):
         raise ValueError("`use_kt` is True: OGPSA does not support the KTransformers backend; allowed: False.")
     refuse_optim(str(getattr(training_args.optim, "value", training_args.optim)))

@@ -1,8 +1,8 @@
 """The seam `llamafactory.webui.interface`: OGPSA's stages and options in LlamaBoard.
 
 While LlamaBoard's own functions build it, the Train tab gets one more accordion. Its elements are inputs of everything
-that reads or restores the options; `board_runner` makes a command of them. If anything is not as expected, LlamaBoard is
-built again without OGPSA, and an error is printed.
+that reads or restores the options; `board_runner` makes a command from them. If anything is not as expected,
+LlamaBoard is built again without OGPSA, and an error is printed.
 """
 
 import functools
@@ -95,7 +95,7 @@ def add_entries() -> None:
 
 
 def remove_entries() -> None:
-    """Undo `add_entries`, also where it failed halfway."""
+    """Undo `add_entries`, even if it failed halfway."""
     for label in [label for label in TRAINING_STAGES if is_ogpsa(label)]:
         del TRAINING_STAGES[label]
     STAGES_USE_PAIR_DATA.difference_update(PREFIX + stage for stage in STAGES)

@@ -22,8 +22,8 @@ from .parser import check_run
 class GivenArguments(TrainingArguments):
     """The training arguments of a run that another process will start.
 
-    LLaMA-Factory's own set up devices, DeepSpeed and environment variables in the process that makes them. Here that
-    is LlamaBoard, which goes on to chat and to start other runs.
+    LLaMA-Factory's own class sets up devices, DeepSpeed and environment variables in the process that makes it. Here
+    that process is LlamaBoard, which must go on to chat and to start other runs.
     """
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ def read_json(given: Any) -> Any:
 
 @contextmanager
 def named(option: str, given: Any) -> Iterator[None]:
-    """Turn what an unreadable configuration raises, or a list where names are expected, into an error with its name."""
+    """Turn the error of a configuration that cannot be read, or is not a dict, into one that names the option."""
     try:
         yield
     except (AttributeError, OSError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as err:
@@ -77,7 +77,7 @@ def check_arguments(args: dict[str, Any]) -> None:
 
 
 def find_error(args: dict[str, Any], lang: str) -> str:
-    """Return in the language `lang` what is wrong with the training arguments of an OGPSA run; empty if nothing is."""
+    """Return, in the language `lang`, what is wrong with an OGPSA run's training arguments; empty if nothing is."""
     if not args["ogpsa_dataset"]:
         return alert("err_ogpsa_no_dataset", lang)
     for name, option in PANEL.items():
@@ -95,5 +95,5 @@ def find_error(args: dict[str, Any], lang: str) -> str:
 
 
 def is_below(value: Any, least: int) -> bool:
-    """Return whether a value is a number below another; texts in the extra arguments are left to the other checks."""
+    """Return whether a value is a number below another; texts in the extra arguments are left to other checks."""
     return isinstance(value, int) and value < least

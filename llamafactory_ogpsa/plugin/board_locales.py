@@ -1,4 +1,4 @@
-"""What LlamaBoard shows of OGPSA, in LlamaBoard's languages and in the shape of its own tables."""
+"""The texts that LlamaBoard shows for OGPSA, in its languages and in the form of its own tables."""
 
 from typing import Any
 
@@ -152,7 +152,7 @@ ALERTS = {
 
 
 def add_locales(locales: dict[str, Any]) -> None:
-    """Add OGPSA's labels to LlamaBoard's table, for all of its languages; English where this module lacks one."""
+    """Add OGPSA's labels to LlamaBoard's table, for all of its languages; English if this module lacks one."""
     for name, texts in LOCALES.items():
         locales[name] = {lang: texts.get(lang, texts["en"]) for lang in locales["galore_tab"]}
 

@@ -1,4 +1,4 @@
-"""LlamaBoard's view of a run: the plot beside the log, and in the progress bar a refresh that is running."""
+"""LlamaBoard's view of a run: the plot beside the log, and the progress bar while a refresh is running."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def read_rows(output_path: str, name: str) -> list[dict[str, Any]]:
 
 
 def find_refresh(running_log: str, output_path: str) -> int | None:
-    """Return the step of the refresh that is running; None where none is."""
+    """Return the step of the refresh that is running; None if none is."""
     begun = _REFRESH_BEGINS.findall(running_log)
     if not begun:
         return None
@@ -43,7 +43,7 @@ def find_refresh(running_log: str, output_path: str) -> int | None:
 
 
 def show_refresh(running_log: str, output_path: str, lang: str) -> "gr.Slider | None":
-    """Return LlamaBoard's progress bar with a label for the refresh that is running; None where none is."""
+    """Return LlamaBoard's progress bar with a label for the refresh that is running; None if none is."""
     step = find_refresh(running_log, output_path)
     if step is None:
         return None
@@ -56,13 +56,13 @@ def show_refresh(running_log: str, output_path: str, lang: str) -> "gr.Slider | 
 
 
 def show_figure(output_path: str) -> "gr.Plot":
-    """Show the figure of a run; where there is none, the plot stays as it is."""
+    """Show the figure of a run; if there is none, the plot stays as it is."""
     figure = make_figure(output_path)
     return gr.Plot() if figure is None else gr.Plot(figure)
 
 
 def make_figure(output_path: str) -> "Figure | None":
-    """Draw LlamaBoard's plot of the loss and, below it, the panels of the OGPSA log; None where that log is empty."""
+    """Draw LlamaBoard's plot of the loss and, below it, the panels of the OGPSA log; None if that log is empty."""
     rows = read_rows(output_path, LOG_NAME)
     if not rows:
         return None

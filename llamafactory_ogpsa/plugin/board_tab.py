@@ -75,7 +75,7 @@ def connect(elems: dict[str, "Component"], model_name: "Component", finetuning_t
 
 
 def change_defaults(training_stage: str) -> tuple[Any, ...]:
-    """Modify states after the user has changed the training stage.
+    """Set a stage's defaults after the user has changed the training stage.
 
     Inputs: train.training_stage
     Outputs: train.ogpsa_dataset, train.ogpsa_update_interval, train.dataset, train.packing
@@ -132,11 +132,11 @@ def options_of(panel: dict[str, Any]) -> dict[str, Any]:
 
 
 def extra_options(extra_args: str) -> dict[str, Any]:
-    """Return from LlamaBoard's extra arguments what wins over the accordion and the stage list; null is not given."""
+    """Return what the extra arguments set in place of the accordion and the stage list; null counts as not given."""
     given = {name: value for name, value in dict(json.loads(extra_args)).items() if value is not None}
     return {name: _as_text(value) for name, value in given.items() if name == "stage" or name.startswith(PREFIX)}
 
 
 def _as_text(value: Any) -> Any:
-    """Return a bool as text, because LlamaBoard leaves False out of its commands; other values come back as they are."""
+    """Return a bool as text, because LlamaBoard leaves False out of its commands; other values stay as they are."""
     return str(value).lower() if isinstance(value, bool) else value

@@ -14,13 +14,7 @@ from .reference_info import choose_loss, known_datasets
 
 
 class LoadedSet(NamedTuple):
-    """A reference set that has been read.
-
-    Attributes:
-        name: its name in dataset_info.json.
-        samples: the tokenised samples.
-        loss: `stage` or `sft`: the loss that it is for.
-    """
+    """A tokenised reference set, named as in dataset_info.json; `loss` is the one that it is for, `stage` or `sft`."""
 
     name: str
     samples: Any
@@ -29,13 +23,13 @@ class LoadedSet(NamedTuple):
 
 logger = logging.getLogger("llamafactory.ogpsa")
 
-# Without a local dataset_info.json a set is taken to be of the stage's kind.
+# Without a local dataset_info.json, a set counts as one of the stage's kind.
 _UNKNOWN = {"ranking": True, "columns": {"kto_tag": "kto_tag"}}
 
 # What `get_dataset` calls the data of each training stage.
 _DATA_STAGES = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm", "kto": "kto"}
 
-# What is in the messages of LLaMA-Factory and the datasets library when a set has no record.
+# Parts of the messages of LLaMA-Factory and the datasets library for a set without a record.
 _EMPTY = (
     "StopIteration",
     "Cannot find valid samples",
@@ -87,7 +81,7 @@ def without_media(samples: Iterable[dict[str, Any]]) -> int:
 def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int:
     """Return how many tokens of a tokenised sample the loss counts: labels are shifted by one, and may be all masked.
 
-    Of a pair the chosen answer counts, of text without labels what is not padding.
+    For a pair the chosen answer counts; for text without labels, all that is not padding.
     """
     for key in ("labels", "chosen_labels"):
         if key in sample:
@@ -96,7 +90,7 @@ def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int
 
 
 def found_no_record(err: BaseException | None) -> bool:
-    """Return whether loading a set failed because it has no record, or none that was converted."""
+    """Return whether loading a set failed because it has no record, or because no record was converted."""
     if err is None:
         return False
     return any(words in f"{type(err).__name__}: {err}" for words in _EMPTY) or found_no_record(err.__cause__)
@@ -121,7 +115,7 @@ def load_reference_sets(
         one set for each name in `ogpsa_dataset`.
 
     Raises:
-        ValueError: a set cannot be read or collated, or has no, or for `ogpsa_rank` too few, usable samples.
+        ValueError: a set cannot be read or collated, or has no usable samples, or too few for `ogpsa_rank`.
     """
     info = known_datasets(data_args.dataset_dir) or {}
     num_samples = finetuning_args.ogpsa_num_samples
@@ -165,7 +159,7 @@ def load_reference_sets(
 def check_parts(scope: str, rank: int | None, samples: dict[str, Sized]) -> None:
     """Check that every reference set, given by name, has a sample for each part that `ogpsa_rank` splits it into.
 
-    In scope `inputs` the rank counts directions of a matrix's input, and samples are not split for it.
+    With scope `inputs` the rank counts directions of a matrix's input, and samples are not split.
 
     Raises:
         ValueError: a set has too few.
@@ -183,7 +177,7 @@ def check_parts(scope: str, rank: int | None, samples: dict[str, Sized]) -> None
 
 
 def no_usable_sample(name: str, num_samples: int, arguments: Any, data_stage: str) -> ValueError:
-    """Return the error of a reference set none of whose records gives a sample, with the likely causes."""
+    """Return the error for a reference set without a usable sample, with the likely causes."""
     if data_stage == "pt" and arguments.packing:
         return ValueError(
             f"`ogpsa_dataset` has {name!r}, whose first {num_samples} records do not fill one packed block of "
@@ -208,7 +202,7 @@ def warn_of_unseen_answers(name: str, model_args: Any, arguments: Any, training_
     from llamafactory.data import loader
 
     read_records = getattr(loader, "_get_merged_dataset", None)
-    if read_records is None:  # in a LLaMA-Factory that is not known
+    if read_records is None:  # an unknown version of LLaMA-Factory
         return
 
     records = read_records([name], model_args, arguments, training_args, "pt")
@@ -228,14 +222,14 @@ def has_unseen_text(record: dict[str, Any]) -> bool:
 
 
 class ReferenceHeading:
-    """Standard output while a reference set is read: LLaMA-Factory's heading of the example names the set instead."""
+    """Standard output while a reference set is read: the heading of LLaMA-Factory's example names the set."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         """Write to `stream`, with `name` in the heading."""
         self._stream, self._name = stream, name
 
     def write(self, text: str) -> int:
-        """Write a text, the heading replaced."""
+        """Write a text; the heading is replaced."""
         return self._stream.write(f"reference example of {self._name}:" if text == "training example:" else text)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,7 @@
-"""Which distributed set-ups OGPSA trains with, checked before the model is loaded."""
+"""Which distributed set-ups OGPSA trains with, checked before the model is loaded.
+
+Every refusal is a ValueError that names the option, its value and what is allowed.
+"""
 
 import os
 from typing import Any
@@ -6,7 +9,7 @@ from typing import Any
 from .optimizers import refuse_deepspeed_optimizer
 
 
-# DeepSpeed's settings under which the engines would not find the gradients, with the values that turn them off.
+# DeepSpeed's settings with which the engines would not find the gradients, and the values that turn them off.
 _UNSUPPORTED = {
     "compile.deepcompile": (False,),
     "expert_parallel.enabled": (False,),
@@ -23,11 +26,7 @@ _UNSUPPORTED = {
 
 
 def check_distributed(training_args: Any) -> None:
-    """Refuse by name what OGPSA has no engine for.
-
-    Raises:
-        ValueError: names the option, what was given and what is allowed.
-    """
+    """Refuse what OGPSA has no engine for."""
     if os.getenv("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("true", "1"):
         raise ValueError("`ACCELERATE_USE_MEGATRON_LM` is set: OGPSA does not support Megatron; allowed: unset.")
 
@@ -39,11 +38,7 @@ def check_distributed(training_args: Any) -> None:
 
 
 def check_deepspeed(config: dict[str, Any]) -> None:
-    """Check a DeepSpeed configuration.
-
-    Raises:
-        ValueError: see `check_distributed`.
-    """
+    """Refuse a DeepSpeed configuration that OGPSA does not support."""
     zero = config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
     if stage not in (1, 2, 3):
@@ -73,11 +68,7 @@ def check_deepspeed(config: dict[str, Any]) -> None:
 
 
 def check_fsdp(training_args: Any) -> None:
-    """Check that FSDP, asked for by LLaMA-Factory's options or by `accelerate launch`, is FSDP2.
-
-    Raises:
-        ValueError: see `check_distributed`.
-    """
+    """Refuse FSDP, asked for by LLaMA-Factory's options or by `accelerate launch`, unless it is FSDP2."""
     config = training_args.fsdp_config if isinstance(training_args.fsdp_config, dict) else {}
     if training_args.fsdp:
         source, version = "fsdp_config.version", config.get("version", 1)
@@ -93,11 +84,7 @@ def check_fsdp(training_args: Any) -> None:
 
 
 def check_parallelism(config: Any) -> None:
-    """Check that only data parallelism is asked for.
-
-    Raises:
-        ValueError: see `check_distributed`.
-    """
+    """Refuse any parallelism but data parallelism."""
     for name in ("tp_size", "cp_size", "sp_size"):
         size = getattr(config, name, None) or int(os.getenv(f"PARALLELISM_CONFIG_{name.upper()}", "1"))
         if size > 1:

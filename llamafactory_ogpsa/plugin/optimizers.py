@@ -1,13 +1,15 @@
 """Which optimizers OGPSA trains with.
 
 The rule: an optimizer is allowed if it takes one complete, accumulated gradient per tensor when it steps. What it then
-does with it (momentum, preconditioning, a low-rank or orthogonalised update, 8-bit state) is not guaranteed to keep the
-reference losses; the log's `update_cosine` measures it. An optimizer is refused if the complete gradient never exists
-unused: it steps inside the backward pass, trains a part of the parameters at a time, or makes its update from something
-other than the one reduced gradient.
+does with it (momentum, preconditioning, a low-rank or orthogonalised update, 8-bit state) is not guaranteed to keep
+the reference losses; the log's `update_cosine` measures it. An optimizer is refused if OGPSA never has the complete
+gradient before the optimizer uses it: it steps inside the backward pass, trains a part of the parameters at a time, or
+makes its update from something other than the one reduced gradient.
 
 Allowed by the rule, so without an entry here: SGD, AdamW and its 8-bit, paged and fused forms, Adafactor, Lion,
 Adam-mini (`use_adam_mini`), Muon (`use_muon`), GaLore and APOLLO that are not layer-wise, LoRA+.
+
+Every refusal is a ValueError that names the option, its value and what is allowed.
 """
 
 from typing import Any

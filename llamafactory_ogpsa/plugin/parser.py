@@ -18,8 +18,8 @@ from .reference_info import check_datasets
 def patch(module: Any) -> None:
     """Add OGPSA's options to the parser of training arguments in the executed module, and check what it returns.
 
-    Only the list of the default backend, `_TRAIN_ARGS`, is extended. Other backends parse a run without OGPSA as they do
-    without the plugin, and refuse one with OGPSA.
+    Only the list of the default backend, `_TRAIN_ARGS`, is extended. Other backends parse a run without OGPSA as they
+    do without the plugin, and refuse one with OGPSA.
 
     Raises:
         AttributeError, TypeError, ValueError: the module does not look as expected; it is left as it was.

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def known_datasets(dataset_dir: Any) -> dict[str, Any] | None:
-    """Return the entries of dataset_info.json by name; None where there is no local one to look into.
+    """Return the entries of dataset_info.json by name; None if there is no local one to look into.
 
     Raises:
         ValueError: the file is missing or does not hold entries by name.
@@ -86,7 +86,7 @@ def check_datasets(finetuning_args: Any, dataset_dir: Any) -> None:
 
 
 def check_file(name: str, entry: Any, dataset_dir: Any) -> None:
-    """Check that the file of a reference set exists, where its entry in dataset_info.json names a local one.
+    """Check that the file of a reference set exists, if its entry in dataset_info.json names a local one.
 
     Raises:
         ValueError: it does not, or the entry names nothing to read.

@@ -17,16 +17,12 @@ from .datasets import count_tokens
 
 
 def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: dict[str, Any]) -> type:
-    """Return a subclass of a stage's trainer, of the same name, that projects its gradients.
+    """Return a subclass of a stage's stock trainer, with the same name, that projects its gradients.
 
     The gradient is projected at the end of the micro-batch that completes it: after accumulation, before clipping,
     and for every `max_grad_norm` (0 makes the Trainer skip clipping, or not, depending on transformers).
 
-    Args:
-        trainer_class: the stage's stock class.
-        stage: the training stage.
-        finetuning_args: the run's.
-        loaded: filled by the workflow before it makes the trainer: `sets`, `template`, `tokenizer`, `processor`.
+    The workflow fills `loaded` before it makes the trainer: `sets`, `template`, `tokenizer`, `processor`.
     """
 
     class OgpsaTrainer(trainer_class):
@@ -47,8 +43,7 @@ def with_ogpsa(trainer_class: type, stage: str, finetuning_args: Any, loaded: di
                 project(self, clip=finetuning_args.ogpsa_method != "monitor")
             return loss
 
-        # `save_only_model` skips this call, and `trainer_state.json`, without which a checkpoint cannot be resumed from,
-        # is written after it.
+        # `save_only_model` skips this call. `trainer_state.json`, without which no run can resume, is written later.
         def _save_optimizer_and_scheduler(self, output_dir, *args, **kwargs):
             super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
             self.ogpsa.save(output_dir, self.state.global_step, self.args.should_save)
@@ -134,7 +129,7 @@ def bare_optimizer(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def will_log(trainer: Any) -> bool:
-    """Return True where the Trainer logs after the step that is being taken."""
+    """Return whether the Trainer logs after the step that is being taken."""
     args, state = trainer.args, trainer.state
     step = state.global_step + 1
     if step == state.max_steps or (args.logging_first_step and step == 1):
@@ -145,7 +140,7 @@ def will_log(trainer: Any) -> bool:
 
 
 def make_reference_sets(trainer: Any, stage: str, loaded: dict[str, Any]) -> list[ReferenceSet]:
-    """Give each loaded set its collator and its loss: the stage's own, or the SFT loss; `loaded` as in `with_ogpsa`."""
+    """Give each loaded set its collator and loss: the stage's own, or the SFT loss; `loaded` as in `with_ogpsa`."""
     kinds = {"stage": (trainer.data_collator, StageLoss(trainer, stage))}
     if any(item.loss == "sft" for item in loaded["sets"]):
         kinds["sft"] = (sft_collator(trainer, loaded), SftLoss(trainer, "sft"))
@@ -153,7 +148,7 @@ def make_reference_sets(trainer: Any, stage: str, loaded: dict[str, Any]) -> lis
 
 
 def sft_collator(trainer: Any, loaded: dict[str, Any]) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Make the collator of plain records for a stage whose own one takes pairs (`ogpsa_loss: sft`)."""
+    """Make the collator of plain records for a stage whose own collator takes pairs (`ogpsa_loss: sft`)."""
     from llamafactory.data.collator import MultiModalDataCollatorForSeq2Seq
 
     return MultiModalDataCollatorForSeq2Seq(
@@ -192,7 +187,7 @@ class StageLoss:
 
 
 class SftLoss(StageLoss):
-    """The plain causal language-modelling loss, for a trainer whose own loss is another (`ogpsa_loss: sft`)."""
+    """The plain causal language-modelling loss, for a trainer that has another loss of its own (`ogpsa_loss: sft`)."""
 
     def __call__(self, batch: dict[str, Any], weight: float, total: float) -> torch.Tensor:
         """Return the batch's part of the mean over `total` tokens."""
@@ -203,7 +198,7 @@ class SftLoss(StageLoss):
 
 @contextmanager
 def preserve_metrics(trainer: Any) -> Iterator[None]:
-    """Restore at the end what a preference trainer keeps of its batches (rewards to log, BCO's running mean)."""
+    """At the end, restore what a preference trainer keeps of its batches (rewards to log, BCO's running mean)."""
     stored = getattr(trainer, "_stored_metrics", None)
     moments = getattr(trainer, "running", None)
     saved = {k: v.clone() if torch.is_tensor(v) else v for k, v in vars(moments).items()} if moments else {}

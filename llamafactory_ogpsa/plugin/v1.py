@@ -1,8 +1,8 @@
 """The seam `llamafactory.v1.config.arg_parser`: the OGPSA options of LLaMA-Factory's next trainer (`USE_V1=1`).
 
 Experimental, see docs/v1.md. v1's parser does not know the `ogpsa_*` options, and with `ALLOW_EXTRA_KEYS=1` it would
-ignore them and train without OGPSA. Here they are read, checked, and removed before it parses the rest. Commands without
-OGPSA are refused by name.
+ignore them and train without OGPSA. Here they are read, checked, and removed before it parses the rest. Commands that
+have no OGPSA are refused. Every refusal is a ValueError that names the option, its value and what is allowed.
 """
 
 import functools
@@ -20,24 +20,14 @@ from .v1_data import RecordSet, read_sets
 
 
 class Request(NamedTuple):
-    """What a run asks for.
-
-    Attributes:
-        settings: the options.
-        sets: the reference sets, read but not tokenised.
-    """
+    """What a run asks for: its options, and the reference sets, read but not tokenised."""
 
     settings: Settings
     sets: list[RecordSet]
 
 
 class Stage(NamedTuple):
-    """A stage of v1 that is being run.
-
-    Attributes:
-        name: sft, the only one so far.
-        put_in: replaces its trainer class by one with OGPSA.
-    """
+    """A stage of v1 that is being run, so far only sft; `put_in` replaces its trainer class by one with OGPSA."""
 
     name: str
     put_in: Callable[[Request], None]
@@ -122,11 +112,7 @@ def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], di
 
 
 def check_asking(asking: list[str], stage: Stage | None) -> None:
-    """Refuse OGPSA for v1 commands other than a known stage's, and stages spelled as in the classic trainer.
-
-    Raises:
-        ValueError: names what was given and what is allowed.
-    """
+    """Refuse OGPSA for v1 commands other than a known stage's, and stages spelled as in the classic trainer."""
     names = ", ".join(f"`{name}`" for name in asking)
     given = f"{names} {'is' if len(asking) == 1 else 'are'} given"
     if stage is None:
@@ -143,11 +129,7 @@ def check_asking(asking: list[str], stage: Stage | None) -> None:
 
 
 def make_settings(options: dict[str, Any], stage: str) -> Settings:
-    """Check the options of a run, given by name, and fill in their defaults.
-
-    Raises:
-        ValueError: names the option, what was given and what is allowed.
-    """
+    """Check the options of a run, given by name, and fill in their defaults."""
     refuse_unknown(options)
     arguments = SimpleNamespace(**{name: options.get(name) for name in OPTIONS}, stage=stage, plot_loss=False)
     if arguments.ogpsa_save_state is None:
@@ -162,11 +144,7 @@ def make_settings(options: dict[str, Any], stage: str) -> Settings:
 
 
 def refuse_arguments(model_args: Any, training_args: Any) -> None:
-    """Refuse by name what OGPSA does not support in v1.
-
-    Raises:
-        ValueError: names the option, its value, and what is allowed.
-    """
+    """Refuse what OGPSA does not support in v1."""
     config = training_args.dist_config or {}
     cp_size = max(config.get("cp_size", 1), getattr(training_args, "cp_size", 1))
     given = {

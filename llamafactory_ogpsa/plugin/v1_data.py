@@ -1,4 +1,7 @@
-"""Reference sets through the data pipeline of LLaMA-Factory's v1 trainer: DataEngine, renderer, collator."""
+"""Reference sets through the data pipeline of LLaMA-Factory's v1 trainer: DataEngine, renderer, collator.
+
+Every refusal is a ValueError that names the option, its value and what is allowed.
+"""
 
 import os
 from functools import partial
@@ -13,12 +16,7 @@ from .datasets import check_parts
 
 
 class RecordSet(NamedTuple):
-    """A reference set that has been read.
-
-    Attributes:
-        name: its entry in the dataset's YAML, or the name of its file.
-        records: its first `ogpsa_num_samples` records, in v1's format.
-    """
+    """The first `ogpsa_num_samples` records of a set, in v1's format; named by its entry in a YAML, or its file."""
 
     name: str
     records: list[dict[str, Any]]
@@ -27,7 +25,7 @@ class RecordSet(NamedTuple):
 def read_sets(settings: Settings) -> list[RecordSet]:
     """Read the reference sets of a run; the random state stays as it was.
 
-    Names in `ogpsa_dataset` are those that `train_dataset` takes: a YAML, each entry of which is one set, or a file or a
+    A name in `ogpsa_dataset` is what `train_dataset` may be: a YAML, each entry of which is one set, a file or a
     dataset.
 
     Raises:
@@ -63,18 +61,14 @@ def read_sets(settings: Settings) -> list[RecordSet]:
 def read_entries(data: Any, num_samples: int) -> dict[str, list[dict[str, Any]]]:
     """Return the first records of every entry of a DataEngine, converted to v1's format."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in data.dataset_infos}
-    for position, (name, *_) in enumerate(data.data_index):  # from 0.9.6 on with the turn that is cut at
+    for position, (name, *_) in enumerate(data.data_index):  # from 0.9.6 on, an entry also has the turn to cut at
         if len(found[name]) < num_samples:
             found[name].append(data[position])
     return found
 
 
 def check_records(name: str, records: list[dict[str, Any]]) -> None:
-    """Check that a set has records and that they are messages.
-
-    Raises:
-        ValueError: names the set and what is allowed.
-    """
+    """Refuse a set without records, or whose records are not messages."""
     if not records:
         raise ValueError(f"`ogpsa_dataset` has {name!r}, which has no records; allowed: sets with at least one.")
     if not all("messages" in record for record in records):
@@ -85,7 +79,7 @@ def check_records(name: str, records: list[dict[str, Any]]) -> None:
 
 
 def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet]) -> list[ReferenceSet]:
-    """Tokenise reference sets by a v1 trainer's renderer, and give each its collator and loss.
+    """Tokenise reference sets with a v1 trainer's renderer, and give each its collator and loss.
 
     Raises:
         ValueError: a set has no sample with a token to learn, or too few for `ogpsa_rank`.

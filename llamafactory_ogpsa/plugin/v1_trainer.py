@@ -58,10 +58,10 @@ def patch(module: ModuleType) -> None:
 
 
 def check_seam(stage: str, trainer_class: type) -> None:
-    """Check that what OGPSA uses of v1 looks as expected.
+    """Check that the parts of v1 that OGPSA uses look as expected.
 
     Raises:
-        RuntimeError: it does not; says what was looked for.
+        RuntimeError: they do not; says what was looked for.
     """
     from llamafactory.v1.core.utils import batching
     from llamafactory.v1.utils.callbacks import TrainerCallback
@@ -99,11 +99,7 @@ def with_ogpsa(trainer_class: type, request: Request) -> type:
 
 
 def refuse_processor(processor: Any) -> None:
-    """Refuse multimodal models.
-
-    Raises:
-        ValueError: the processor is more than a tokenizer.
-    """
+    """Raise a ValueError for a multimodal model, whose processor is more than a tokenizer."""
     if hasattr(processor, "tokenizer"):
         raise ValueError(
             f"`model` has a {type(processor).__name__}: OGPSA does not train multimodal models in LLaMA-Factory's v1 "
@@ -126,11 +122,12 @@ def make_callback(trainer: Any, request: Request) -> Any:
 
         def on_step_begin(self, args, state, **kwargs):
             self.stepped = False
-            # v1 has counted the step that begins.
+            # v1 has already counted the step that begins.
             self.run.before_step(state.global_step - 1, args.micro_batch_size)
 
         def before_optimizer(self, optimizer, *_):
-            # Clipped already, by the norm of the gradient before the projection; which commutes with that factor.
+            # v1 has clipped already, by the norm before the projection; clipping is a factor, so the order does not
+            # matter.
             logged = trainer.global_step % trainer.args.logging_steps == 0
             with torch.no_grad():
                 self.run.project(None, logged, optimizer)
@@ -140,7 +137,7 @@ def make_callback(trainer: Any, request: Request) -> Any:
             self.run.after_step(any(group["lr"] > 0 for group in optimizer.param_groups))
 
         def on_step_end(self, args, state, **kwargs):
-            if not self.stepped:  # v1 skips the optimizer where the norm is not finite
+            if not self.stepped:  # v1 skips the optimizer if the norm is not finite
                 self.run.after_step(False)
 
         def on_log(self, args, state, logs, **kwargs):

@@ -1,7 +1,7 @@
 """The seam `llamafactory.train.<stage>.workflow`: a stage's `run_*`, and the names that it looks up in an OGPSA run.
 
-`run_*` is wrapped for good. Only while it executes a run that asks for OGPSA are two names replaced: `get_dataset` also
-reads the reference sets (it is called before the model is loaded), and the trainer class projects its gradients.
+`run_*` is wrapped for good. Only while it executes a run that asks for OGPSA are two names replaced: `get_dataset`
+also reads the reference sets (it is called before the model is loaded), and the trainer class projects its gradients.
 """
 
 import functools
@@ -100,7 +100,8 @@ def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
     def get_dataset(*args, **kwargs):
         call = inspect.signature(stock_get_dataset).bind(*args, **kwargs)
         call.apply_defaults()
-        # First: a fault in them must not show only after hours of tokenising the training set.
+        # The reference sets come first, so that an error in them shows at once and not after hours of tokenising the
+        # training set.
         loaded.update(sets=load_reference_sets(stock_get_dataset, finetuning_args, **call.arguments), **call.arguments)
         return stock_get_dataset(*args, **kwargs)
 

@@ -21,7 +21,7 @@ Rows = dict[str, dict[str, float]]  # the score by row and column
 
 
 def read_scores(folder: Path) -> dict[str, float]:
-    """Read the scores below a folder given to `evaluate --output`, of the newest file where a task is in several.
+    """Read the scores below a folder given to `evaluate --output`; if a task is in several files, the newest counts.
 
     Returns:
         the score by column: the general tasks, and the columns of `SAFETY` that were measured.

@@ -29,9 +29,9 @@ def evaluate(
         kind: `general` or `safety`.
         model: hub id or path.
         adapter: path of a LoRA adapter on top of it.
-        output: the folder of the results, one model's.
+        output: the folder of this one model's results.
         tasks: names of the harness's tasks, separated by commas; None for those of `TASKS`.
-        sources: `xstest`, `strongreject` and `judge`; None where not given.
+        sources: `xstest`, `strongreject` and `judge`; None if not given.
         extra: more words of the harness's command line.
 
     Raises:
@@ -44,7 +44,7 @@ def evaluate(
         )
     from .tasks import functions
 
-    # The harness takes abbreviations: no other option of it begins so.
+    # The harness takes abbreviations; none of its other options begins like this.
     if any(word.startswith(("--o", "-o")) for word in extra):
         raise RecipeError("the harness's --output_path would replace --output; give --output alone.")
     tasks = tasks or TASKS[kind]
@@ -77,5 +77,5 @@ def harness_command(
     words += ["--tasks", tasks, "--include_path", str(TASK_FOLDER), "--apply_chat_template"]
     words += ["--output_path", output, "--log_samples"]
     words += ["--metadata", json.dumps(given)] if given else []
-    # Of an option given twice the harness takes the last.
+    # If an option is given twice, the harness takes the last.
     return [sys.executable, "-m", "lm_eval", "run", *words, "--batch_size", "auto", *extra]

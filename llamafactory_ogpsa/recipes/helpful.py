@@ -12,7 +12,7 @@ BINARIZED = ("prompt", "chosen", "rejected")
 
 
 def make_raw(row: dict[str, Any]) -> Sample | str:
-    """Return a sample of the completions with the highest and the lowest `overall_score`, or the reason for none."""
+    """Return a sample of the completions with the highest and lowest `overall_score`, or why there is none."""
     scored = []
     for completion in entries_of(row, "completions", ("response", "overall_score")):
         score, answer = number(completion["overall_score"]), clean(completion["response"])
@@ -28,7 +28,7 @@ def make_raw(row: dict[str, Any]) -> Sample | str:
 
 
 def make_binarized(row: dict[str, Any]) -> Sample | str:
-    """Return a sample of the chosen and the rejected conversation of one turn each, or the reason for none."""
+    """Return a sample of the chosen and the rejected conversation of one turn each, or why there is none."""
     conversations = [entries_of(row, name, ("role", "content")) for name in ("chosen", "rejected")]
     if any(len(messages) > 2 for messages in conversations):
         return "more than one turn"

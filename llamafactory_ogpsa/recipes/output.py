@@ -23,7 +23,7 @@ _ROLES = {"instruction": "prompt", "input": "query", "output": "response"}
 def write(folder: Path, recipe: str, train: list[Sample], held_out: list[Sample]) -> dict[str, int]:
     """Write the plain and the ranking file of both splits and enter them into dataset_info.json.
 
-    The datasets are `<recipe>_sft` and, where all samples have a rejected answer, `<recipe>_dpo`; those of `held_out`,
+    The datasets are `<recipe>_sft` and, if all samples have a rejected answer, `<recipe>_dpo`; those of `held_out`,
     which may be empty, end in `_heldout`. Returns the number of samples by dataset name.
 
     Raises:

@@ -16,13 +16,13 @@ from .source import find_schema, iterate, load
 
 @dataclass(frozen=True)
 class Recipe:
-    """A published dataset, and how samples are made of its records."""
+    """A published dataset, and how samples are made from its records."""
 
     about: str
     hub_id: str
     splits: tuple[str, ...]
     num_samples: int
-    # The function that makes samples of records, by the columns that they must have.
+    # The functions that make samples from records, by the columns that the records must have.
     schemas: dict[tuple[str, ...], Callable[..., list[Sample]]]
     config: str | None = None
 
@@ -68,13 +68,13 @@ def prepare(
     """Carry out a recipe.
 
     Args:
-        name: of the recipe.
+        name: the recipe's.
         source: hub id, or path of a folder or file; None for the published dataset.
         output: the folder to write to, LLaMA-Factory's `dataset_dir`.
-        seed: of every choice.
-        num_samples: to train on; None for the recipe's own number.
+        seed: the seed of every choice.
+        num_samples: prompts to train on; None for the recipe's own number.
         refusals: see `refusals.make_label`; for the recipe `safety` only. None is `templates` for PKU-SafeRLHF, whose
-            safe answers are often no refusals, and `dataset` for the other two.
+            safe answers often do not refuse, and `dataset` for the other two.
 
     Returns:
         the report: each record is in `<recipe>_sft`, in its held-out split, or counted among the dropped.

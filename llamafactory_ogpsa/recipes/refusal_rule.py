@@ -7,8 +7,8 @@ The rule is two published lists of phrases, with nothing added:
 - `PHRASES` must be in its first sentence: the substrings of Arditi et al. (arXiv 2406.11717), which extend those of
   JailbreakBench (arXiv 2404.01318).
 
-The longer list of GCG (arXiv 2307.15043) is not used: it has words of ordinary answers, such as "never". How often
-people agree with the rule: docs/recipes.md.
+The longer list of GCG (arXiv 2307.15043) is not used: it has words that ordinary answers use too, such as "never". How
+often people agree with the rule: docs/recipes.md.
 """
 
 import importlib

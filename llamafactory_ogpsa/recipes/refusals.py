@@ -13,8 +13,8 @@ from .samples import clean, prompt_key
 TEMPLATES, DATASET = "templates", "dataset"
 TEMPLATE_FILE = Path(__file__).with_name("refusals.txt")
 
-# `Label(prompt, topic, own)` returns the refusal of a prompt, None where there is none; its topic and the dataset's own
-# safe answer are None where they are not known.
+# `Label(prompt, topic, own)` returns the refusal of a prompt, None if there is none; its topic and the dataset's own
+# safe answer are None if they are not known.
 Label = Callable[[str, str | None, str | None], str | None]
 
 _TOPIC = "{topic}"
@@ -28,9 +28,9 @@ def make_label(choice: str, seed: int) -> Label:
     """Make the function that refuses a prompt.
 
     Args:
-        choice: `templates`, `dataset`, or the path of a file: refusals, one a line, in which `{topic}` is replaced;
+        choice: `templates`, `dataset`, or the path of a file: refusals, one per line, in which `{topic}` is replaced;
             or a .jsonl file of records with `prompt` and `refusal`.
-        seed: of the choice among refusals, which depends on the seed and the prompt only.
+        seed: the seed of the choice among refusals, which depends only on it and on the prompt.
 
     Raises:
         RecipeError: the file cannot be used; says why.

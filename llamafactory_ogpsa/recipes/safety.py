@@ -23,15 +23,15 @@ INSTRUCTIONS = ("instruction", "input", "output")
 
 
 def make_pku_samples(rows: Iterable[dict[str, Any]], drops: Counter) -> list[Sample]:
-    """Make a sample of each prompt that has an answer marked unsafe.
+    """Make a sample for each prompt that has an answer marked unsafe.
 
     Args:
         rows: records with the columns `PKU`.
         drops: counts the records that give no sample, by reason.
 
     Returns:
-        one sample a prompt: its first safe answer or None, above the most unsafe answer of all its records. Of two
-        answers of the same severity the one that `safer_response_id` does not name counts as less safe.
+        one sample per prompt: its first safe answer or None, above the most unsafe answer of all its records. If two
+        answers have the same severity, the one that `safer_response_id` does not name counts as less safe.
     """
     prompts: dict[str, tuple[tuple[float, bool], Sample]] = {}
     for row in rows:

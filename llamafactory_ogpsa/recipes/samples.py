@@ -41,17 +41,17 @@ def number(value: Any) -> float | None:
 
 
 def prompt_key(prompt: str) -> str:
-    """Return a prompt without differences in case and white space; equal keys count as the same prompt."""
+    """Return a prompt in one case and with single spaces; prompts with equal keys count as the same."""
     return " ".join(prompt.split()).casefold()
 
 
 def collect(
     rows: Iterable[dict[str, Any]], drops: Counter, make: Callable[[dict[str, Any]], Sample | str]
 ) -> list[Sample]:
-    """Make a sample of each record and keep the first one of each prompt; `drops` counts the others by reason.
+    """Make a sample from each record and keep the first one for each prompt; `drops` counts the others by reason.
 
-    `make` returns the sample of a record, or the reason for none. Samples without a prompt or an answer, or whose
-    rejected answer is empty or the same, are dropped too.
+    `make` returns the sample of a record, or the reason why there is none. Samples without a prompt or an answer, or
+    whose rejected answer is empty or the same, are dropped too.
     """
     samples: dict[Any, Sample] = {}
     for row in rows:

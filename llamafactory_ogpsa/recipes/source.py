@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Rows decoded at a time; a row of UltraFeedback takes some 20 kB.
 BATCH = 256
 
-# How names of local files end, and names of datasets on the hub do not.
+# Suffixes of local files; the id of a dataset on the hub never ends in one.
 _FILES = (".csv", ".gz", ".json", ".jsonl", ".parquet")
 
 
@@ -24,10 +24,10 @@ def load(source: str, config: str | None, splits: Sequence[str]) -> "Dataset":
     """Load one split of a dataset, memory-mapped.
 
     Args:
-        source: a hub id, with a folder of the dataset's where only that is wanted (`Anthropic/hh-rlhf/harmless-base`);
-            or the path of a folder or of a file.
-        config: the configuration to take where the dataset has several.
-        splits: the splits to take, the first that is there.
+        source: a hub id, followed by a folder of the dataset if only that is wanted
+            (`Anthropic/hh-rlhf/harmless-base`); or the path of a folder or of a file.
+        config: the configuration to take if the dataset has several.
+        splits: the names of splits; the first one that is there is taken.
 
     Raises:
         RecipeError: it cannot be read; says which file or dataset, and why.

@@ -13,7 +13,7 @@ _SPEAKER = re.compile(r"\b(Human|Assistant):")
 
 
 def make_sample(row: dict[str, Any]) -> Sample | str:
-    """Return a sample of the last request, its two answers, and the turns before as history; or the reason for none."""
+    """Return a sample of the last request, its two answers, and the turns before as history; or why there is none."""
     chosen, rejected = (split_turns(row[name]) for name in COLUMNS)
     if not chosen or not rejected:
         return "turns of Human and Assistant do not alternate"
@@ -29,7 +29,7 @@ def make_sample(row: dict[str, Any]) -> Sample | str:
 
 
 def split_turns(transcript: Any) -> list[str]:
-    """Return the turns of a transcript, a request first and an answer last; empty where they do not alternate."""
+    """Return the turns of a transcript, a request first and an answer last; empty if they do not alternate."""
     start, *parts = _TURN.split(f"\n\n{clean(transcript)}")
     speakers, turns = parts[::2], [clean(turn) for turn in parts[1::2]]
     return turns if not clean(start) and speakers == ["Human", "Assistant"] * (len(turns) // 2) else []

@@ -2,9 +2,9 @@
 
 Beside the Trainer's own files in a checkpoint's folder:
 
-- `ogpsa_state-00000-of-00001.safetensors`: the basis and its geometry; one such file a process where each holds a piece
-  of the basis; none where the first step after the checkpoint refreshes.
-- `ogpsa_state.json`: everything else. It is written last, so where it exists, the basis is complete.
+- `ogpsa_state-00000-of-00001.safetensors`: the basis and its geometry; one such file per process if each holds a piece
+  of the basis; none if the first step after the checkpoint refreshes.
+- `ogpsa_state.json`: everything else. It is written last, so if it exists, the basis is complete.
 """
 
 import glob
@@ -32,16 +32,13 @@ class RunState:
     Attributes:
         step: the optimizer steps taken.
         refreshed_at: the step of the last refresh.
-        moved: see `Schedule`.
-        searching: see `Schedule`.
-        covered: see `Schedule`.
+        moved, searching, covered: see `Schedule`.
         non_finite_steps: gradients that were not projected since the last logged step.
-        idle_steps: see `StepLog`.
-        uncovered_steps: see `StepLog`.
+        idle_steps, uncovered_steps: see `StepLog`.
         reference_losses: those of the last refresh, by the name of the set.
         made_by: the options that the basis depends on, by name.
         unreached: the tensors that reference inputs no longer reach; see `InputBasis`.
-        pieces: the number of files that the basis is in; 0 where it was left out.
+        pieces: the number of files that the basis is in; 0 if it was left out.
         format: the version of this file.
     """
 
@@ -97,14 +94,9 @@ def _basis_files(folder: str) -> list[str]:
 
 
 def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: Engine, writes: bool) -> None:
-    """Write a state into a checkpoint's folder; every process calls it.
+    """Write a state into a checkpoint's folder, without a basis if `subspace` is None; every process calls it.
 
-    Args:
-        folder: the folder.
-        state: everything but the basis; `pieces` is filled in here.
-        subspace: the basis; None leaves it out.
-        engine: where the gradients are.
-        writes: whether this process writes what all processes have.
+    `state.pieces` is filled in here. `writes`: this process writes what all processes have.
     """
     pieces, piece = _pieces(engine, subspace is not None and subspace.sharded)
     if writes:
@@ -145,16 +137,12 @@ def load_state(
 ) -> tuple[RunState, Subspace | None] | None:
     """Read the state in a checkpoint's folder and check that it belongs to this run; every process calls it.
 
-    Args:
-        folder: the folder.
-        step: the optimizer steps that the Trainer has taken.
-        made_by: this run's options that the basis depends on.
-        engine: where the gradients are.
-        sharded: whether this run's basis is in pieces, one a process.
-        restore: makes a basis of a file's tensors, given what reads one and their names.
+    `step`: the optimizer steps that the Trainer has taken; `made_by`: this run's options that the basis depends on;
+    `sharded`: this run's basis is in pieces, one per process; `restore`: makes a basis from a file's tensors, given a
+    function that reads one by name, and their names.
 
     Returns:
-        the state and the basis, None where it was left out; None where the folder has no state.
+        the state and the basis (None if it was left out); None if the folder has no state.
 
     Raises:
         ValueError: it is damaged or belongs to another run; says what is wrong and what to do.

@@ -55,7 +55,7 @@ def measure_uncovered(coverage: Coverage, engine: Engine) -> torch.Tensor | None
     """Measure the share of the squared gradient that lies in tensors without a direction; every process calls it.
 
     Returns:
-        the share before the projection, float64, 0-dim; None where every tensor has a direction.
+        the share before the projection, float64, 0-dim; None if every tensor has a direction.
     """
     if not coverage.uncovered:
         return None

@@ -22,10 +22,10 @@ from .schedule import count_refreshes
 LOG_NAME = "ogpsa_log.jsonl"
 PLOT_NAME = "training_ogpsa.png"
 
-# A run is warned when `removed` is above this at so many logged steps in a row.
+# The run logs a warning if `removed` is above this at so many logged steps in a row.
 _MOST_REMOVED = 0.99
 _MOST_REMOVED_STEPS = 5
-# And when the share of the squared gradient in tensors without a direction is above this at so many in a row.
+# The same for the share of the squared gradient in tensors without a direction.
 _MOST_UNCOVERED = 0.05
 _MOST_UNCOVERED_STEPS = 2
 
@@ -53,8 +53,8 @@ def read_log(path: str) -> list[dict[str, Any]]:
 def begin_log(path: str, step: int, checkpoint: str | None = None) -> None:
     """Start the log of a run that begins or resumes at `step`, without the rows that the run will write again.
 
-    A refresh is logged under the step before it, a step under its own number, so a resumed run repeats the refreshes from
-    `step` on and the steps after it. Earlier rows come from the log beside the checkpoint, where there is one.
+    A refresh is logged under the step before it, a step under its own number, so a resumed run repeats the refreshes
+    from `step` on and the steps after it. Earlier rows come from the log beside the checkpoint, if there is one.
     """
     beside = path if checkpoint is None else os.path.join(os.path.dirname(os.path.abspath(checkpoint)), LOG_NAME)
     rows = read_log(beside) if step > 0 else []
@@ -79,7 +79,7 @@ def introduce(
 ) -> None:
     """Log the settings and the expected cost in one line; warn of too few or too many refreshes.
 
-    `from_zero`: LoRA's `B` is zero. Then the gradient of `A` is zero too, so that its reference gradients come from a
+    `from_zero`: LoRA's `B` is zero. Then the gradient of `A` is zero too, and its reference gradients come from a
     second refresh.
     """
     engine, steps = host.engine, host.max_steps
@@ -101,7 +101,7 @@ def introduce(
         f"expected cost {cost:.2f} reference samples per training sample."
     )
     given = f"the run has {steps} steps, `ogpsa_update_interval` is {settings.update_interval}"
-    # With scope `inputs` one refresh is a setting of its own.
+    # With scope `inputs`, a single refresh makes sense.
     if settings.scope != "inputs" and refreshes == 1 and steps > 1:
         logger.warning(f"OGPSA refreshes its basis once: {given}. A smaller one follows the model as it changes.")
     if settings.scope == "inputs" and settings.method != "monitor" and from_zero and refreshes > 1:
@@ -139,13 +139,8 @@ class StepLog:
     ) -> dict[str, Any]:
         """Make the row of a logged step; reading the figures waits for the device.
 
-        Args:
-            step: the optimizer steps taken.
-            stats: the figures of the projection.
-            uncovered: see `measure_uncovered`.
-            uncovered_names: the tensors without a direction.
-            update: see `update_figures`.
-            non_finite: gradients since the last logged step that were not projected.
+        `uncovered`: see `measure_uncovered`; `uncovered_names`: the tensors without a direction; `update`: see
+        `update_figures`; `non_finite`: gradients since the last logged step that were not projected.
         """
         row: dict[str, Any] = {"step": step, "removed": None, "residual": None}
         row |= dict.fromkeys(("cosine", "projected_cosine") if stats.has_cosines else ())

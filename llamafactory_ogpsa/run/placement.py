@@ -10,13 +10,13 @@ from ..kernels import triton_obstacle
 
 logger = logging.getLogger("llamafactory.ogpsa")
 
-# `ogpsa_basis_device: auto` keeps the basis on an accelerator if it takes at most this share of the memory that is free
-# before training, because optimizer state and activations still have to be allocated.
+# `ogpsa_basis_device: auto` keeps the basis on an accelerator if it takes at most this share of the memory that is
+# free before training, because optimizer state and activations still have to be allocated.
 _BASIS_SHARE = 0.4
 
 
 def choose_basis_dtype(choice: str, engine: Engine) -> torch.dtype:
-    """Return the dtype of the basis; `auto` is bfloat16 where all gradients are, else float32."""
+    """Return the dtype of the basis; `auto` is bfloat16 if all gradients are, else float32."""
     if choice != "auto":
         return getattr(torch, choice)
     return torch.bfloat16 if all(dtype == torch.bfloat16 for dtype in engine.dtypes) else torch.float32
@@ -39,15 +39,10 @@ def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: i
 
 
 def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torch.device, str]:
-    """Return the same basis device and kernel in all processes; every process calls it.
+    """Return the same basis device and kernel (`auto`, `triton` or `torch`) in all processes; every process calls it.
 
-    Sums in another order differ in their last bits, and replicas that differ drift apart. So the CPU or torch is used in
-    all processes if one needs it.
-
-    Args:
-        engine: where the gradients are.
-        basis_device: of `choose_basis_device` in this process.
-        kernel: `auto`, `triton` or `torch`.
+    Sums in another order differ in their last bits, and replicas that differ drift apart. So the CPU or torch is used
+    in all processes if one needs it.
     """
     obstacle = triton_obstacle(engine.device.type, interpret=False) if kernel == "auto" else None
     hosted, without_triton = engine.processes.totals([float(basis_device.type == "cpu"), float(obstacle is not None)])

@@ -8,7 +8,7 @@ from ..files import replacing
 from .log import read_log
 
 
-# Draws one panel: the axes and the rows of the log.
+# Draws one panel, given the axes and the rows of the log.
 Panel = Callable[[Any, list[dict[str, Any]]], None]
 
 
@@ -62,7 +62,7 @@ def choose_panels(rows: list[dict[str, Any]]) -> list[Panel]:
 
 
 def plot_log(log_path: str, png_path: str) -> bool:
-    """Draw the panels of an `ogpsa_log.jsonl` over the steps; return False, and write no picture, if the log is empty."""
+    """Draw the panels of an `ogpsa_log.jsonl`; return False, and write no picture, if the log is empty."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

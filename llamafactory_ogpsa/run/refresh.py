@@ -1,4 +1,4 @@
-"""How a run makes its basis of reference gradients, or restores it from a checkpoint."""
+"""How a run makes its basis from reference gradients, or restores it from a checkpoint."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ class GradientBasis:
 
     Attributes:
         parts: reference gradients for each set.
-        rank: most directions of a group.
+        rank: the most directions of a group.
         num_bytes: what the basis takes in this process.
         device: where it is.
         sharded: whether each process has a piece of it.
@@ -56,7 +56,7 @@ class GradientBasis:
     def compute(self, passes: ReferencePasses) -> tuple[Subspace, dict[str, float]]:
         """Compute the reference gradients at the current weights, and a basis of them in their memory.
 
-        The last basis must have been dropped before: its memory is what the new rows take.
+        The last basis must have been dropped before: the new rows take its memory.
 
         Returns:
             the subspace, and the reference losses by the name of the set.
@@ -64,7 +64,7 @@ class GradientBasis:
         engine = self._engine
         if self._pinned and engine.device.type == "cuda":
             # PyTorch reuses freed pinned memory only after an event that it queues when the memory is freed. Without
-            # waiting for it the rows would be pinned a second time.
+            # waiting for it, memory for the rows would be pinned a second time.
             torch.cuda.synchronize(engine.device)
         rows = self._allocate(len(passes.sets) * self.parts)
         losses = passes.gradients_into(rows)
@@ -75,7 +75,7 @@ class GradientBasis:
         return self._wrap(basis, geometry), losses
 
     def restore(self, read: Read, names: set[str]) -> Subspace:
-        """Make the basis of a checkpoint's tensors.
+        """Make the basis from a checkpoint's tensors.
 
         Raises:
             ValueError: they are not this run's; the message continues the file's name.
@@ -99,7 +99,7 @@ class GradientBasis:
         return subspace
 
     def made_by(self) -> dict[str, Any]:
-        """Return the options that a basis in a checkpoint must have been made with to be used."""
+        """Return the options that must be the same for a basis in a checkpoint to be used."""
         return {
             "ogpsa_rank": self.rank,
             "ogpsa_scope": self._settings.scope,

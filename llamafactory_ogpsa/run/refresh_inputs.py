@@ -16,21 +16,21 @@ from .placement import agree
 
 
 class InputBasis:
-    """Makes a basis of the reference inputs of every weight matrix, from forward passes alone.
+    """Makes a basis of the reference inputs of every weight matrix, from forward passes only.
 
-    LoRA's output is `B A x`. Where `B` is zero, as at the start, `A ← A − (A Vᵀ) V` changes nothing that the model does
-    and keeps reference inputs out of the adapter from then on: `A`'s gradient is projected, so that `A x` stays zero for
-    them, and `B` may be anything. After a further refresh this holds for inputs in the spans of all refreshes alone.
-    Where `B` is not zero (PiSSA, an adapter that is trained further) `A` is left as it is, and `B`, whose inputs `A x`
-    have as many dimensions as the adapter's rank, is protected by half of them.
+    LoRA's output is `B A x`. If `B` is zero, as at the start, `A ← A − (A Vᵀ) V` changes nothing that the model does
+    and keeps reference inputs out of the adapter from then on: `A`'s gradient is projected, so that `A x` stays zero
+    for them, and `B` may be anything. After a further refresh this holds only for inputs that lie in the span of every
+    refresh. If `B` is not zero (PiSSA, an adapter that is trained further), `A` is left as it is. `B` is protected by
+    at most half the dimensions of its inputs `A x`, which are as many as the adapter's rank.
 
     Attributes:
-        rank: most directions of a matrix.
+        rank: the most directions of a matrix.
         parts: reference passes for each set.
-        num_bytes: what the bases take at most in this process.
+        num_bytes: the most that the bases take in this process.
         device: where they are.
         sharded: False: every process has all bases.
-        unreached: the names of every `B` whose `A` was changed so.
+        unreached: the names of every `B` whose `A` was changed like this.
     """
 
     parts = 1
@@ -90,7 +90,7 @@ class InputBasis:
         """Make the bases; every process gets the same."""
         processes = self._engine.processes
         protected = [Protected(frozen=len(shape) < 2) for shape in self._shapes]
-        # A process may have had no sample, or none that reached an expert: what to sum is agreed on first.
+        # A process may have had no sample, or none that reached an expert, so all agree first on what to sum.
         shared = processes.union(recorder.shared)
         inputs_of: dict[int, tuple] = {}
         for indices in shared:
@@ -179,7 +179,7 @@ class InputBasis:
             self._engine.edit(sorted(adapters[b] for b in fresh), keep_out)
 
     def restore(self, read: Read, names: set[str]) -> InputSubspace:
-        """Make the bases of a checkpoint's tensors.
+        """Make the bases from a checkpoint's tensors.
 
         Raises:
             ValueError: they are not this run's; the message continues the file's name.

@@ -33,7 +33,7 @@ logger = logging.getLogger("llamafactory.ogpsa")
 class OgpsaRun:
     """Refreshes the subspace of a run, projects its gradients, and logs the figures.
 
-    Call `begin`; for each optimizer step `before_step`, `project` and `after_step`, and `figures` where it is logged;
+    Call `begin`; for each optimizer step `before_step`, `project` and `after_step`, and `figures` if it is logged;
     `save` for each checkpoint; and `end`. Every process calls everything.
 
     Attributes:
@@ -52,7 +52,7 @@ class OgpsaRun:
 
         Args:
             host: the trainer.
-            step: the optimizer steps taken, above 0 where training resumes.
+            step: the optimizer steps taken, above 0 if training resumes.
             checkpoint: the folder of the checkpoint that it resumes from.
 
         Raises:
@@ -90,11 +90,11 @@ class OgpsaRun:
         return os.path.join(self.host.output_dir, LOG_NAME)
 
     def before_step(self, step: int, batch_size: int) -> None:
-        """Refresh the basis where it is due; see `Schedule`.
+        """Refresh the basis if it is due; see `Schedule`.
 
         Args:
             step: the optimizer steps taken.
-            batch_size: samples a reference batch, unless `ogpsa_batch_size` says otherwise.
+            batch_size: samples per reference batch, unless `ogpsa_batch_size` says otherwise.
         """
         if self.schedule.is_due(step):
             self._refresh(step, batch_size)
@@ -145,7 +145,7 @@ class OgpsaRun:
             )
 
     def _check_noise(self) -> None:
-        """Check, once a run, that a reference pass is free of noise."""
+        """Check, once per run, that a reference pass is free of noise."""
         if self._noise_checked:
             return
 
@@ -163,13 +163,13 @@ class OgpsaRun:
         """Project the accumulated gradient, in place, and clip it to `max_norm`; the figures are kept for the log.
 
         Args:
-            max_norm: the norm to clip to; None: not here.
+            max_norm: the norm to clip to; None: do not clip here.
             measure: whether this step is logged, so that all figures are measured.
-            optimizer: the optimizer that takes the step, without wrappers; needed where the step is logged.
+            optimizer: the optimizer that takes the step, without wrappers; needed if the step is logged.
         """
         engine, method = self.engine, self.settings.method
         if self.settings.scope == "global" and method != "monitor":
-            # A direction over all parameters is removed as a whole, also from parameters without gradient in this step.
+            # A direction over all parameters is removed from all, even from those without gradient in this step.
             engine.fill()
         self._uncovered = measure_uncovered(self.coverage, engine) if measure else None
         projection = self.subspace.projection(method, self._maker.kernel)
@@ -186,7 +186,7 @@ class OgpsaRun:
         return stats
 
     def after_step(self, moved: bool) -> None:
-        """Measure the change of the weights, where the step is logged; `moved`: see `Schedule.stepped`."""
+        """Measure the change of the weights, if the step is logged; `moved`: see `Schedule.stepped`."""
         self.schedule.stepped(moved)
         read_changes, self._read_changes, self._update = self._read_changes, None, {}
         if read_changes is not None and moved:
@@ -210,7 +210,7 @@ class OgpsaRun:
         return self._step_log.tracked(row, self.reference_losses)
 
     def _starts_at_zero(self) -> bool:
-        """Return True where LoRA's `B`, and so the gradient of `A`, is zero; every process calls it."""
+        """Return whether LoRA's `B`, and so the gradient of `A`, is zero; every process calls it."""
         weights = zip(self.engine.names, self.engine.weights(), strict=True)
         adapters = [weight for name, weight in weights if "lora_B" in name and weight is not None and weight.size > 0]
         zero = sum(not bool(weight.part_of(weight.optimized).any()) for weight in adapters)
@@ -222,8 +222,8 @@ class OgpsaRun:
     def save(self, folder: str, step: int, writes: bool) -> None:
         """Write into a checkpoint's folder what a resumed run needs to go on exactly.
 
-        The basis is left out where the next step makes a new one. Of what all processes have, the process with `writes`
-        writes one copy.
+        The basis is left out if the next step makes a new one. What all processes have is written once, by the process
+        with `writes`.
         """
         if not self.settings.save_state:
             if writes:

@@ -8,8 +8,8 @@ gradients, and decays the weights. For the change of the weights `ΔW` in one st
 - `update_cosine`, `⟨ΔW, r_d⟩ / (‖ΔW‖ ‖r_d‖)` for each reference set `d`;
 - `update_loss_change`, `⟨ΔW, r_d⟩`: what the change does to the reference loss, to first order.
 
-`ΔW` comes from a copy of the weights where few are trainable, else from Adam's state, tensor by tensor, without a copy
-of the whole model.
+`ΔW` comes from a copy of the weights if few are trainable, else from Adam's state, tensor by tensor, without a copy of
+the whole model.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from ..geometry import ratio
 MOST_COPIED = 1 << 26
 
 # Optimizers whose step follows from `exp_avg` and `exp_avg_sq`, by package and class, with the attribute that says
-# whether weight decay is decoupled (True where it always is). bitsandbytes and GaLore have an AdamW with another state.
+# whether weight decay is decoupled (True if it always is). bitsandbytes and GaLore have an AdamW with another state.
 _ADAMS = {
     ("torch", "AdamW"): True,
     ("torch", "Adam"): "decoupled_weight_decay",
@@ -41,13 +41,11 @@ Changes = Iterator[tuple[int, torch.Tensor]]
 def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Callable[[], Changes] | None:
     """Prepare to read the change that the next optimizer step makes; every process calls it, before the step.
 
-    Args:
-        engine: where the weights are.
-        optimizer: the optimizer that steps them, without wrappers.
+    `optimizer` is without wrappers.
 
     Returns:
-        a function to call after the step; None where many weights are trainable and the optimizer's state does not
-        say what its step was, so that the change cannot be read.
+        a function to call after the step; None if many weights are trainable and the optimizer's state does not say
+        what its step was, so that the change cannot be read.
     """
     weights = {
         index: weight for index, weight in enumerate(engine.weights()) if weight is not None and weight.size > 0
