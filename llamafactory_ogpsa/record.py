@@ -120,6 +120,8 @@ class Recorder:
         if same is None:
             rows = self._select(args[0].detach()).to("cpu")
             rows = rows[rows.isfinite().all(1)]
+            # What PEFT has cast from bfloat16 needs half of the memory in bfloat16.
+            rows = half if torch.equal((half := rows.bfloat16()).to(rows.dtype), rows) else rows
             # PEFT casts the inputs of an adapter in another dtype than the model, for each one anew.
             last = next((seen for seen in reversed(self._seen) if seen[2].shape == rows.shape), None)
             if last is None or len(rows) == 0 or not torch.equal(last[2], rows):
