@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Sequence
 
 from llamafactory_ogpsa.inputs import DEFAULT_RANK, most_directions
-from llamafactory_ogpsa.record import tokens_per_sample
+from llamafactory_ogpsa.inputs.record import tokens_per_sample
 
 from .models import count_parameters, trainable_shapes
 

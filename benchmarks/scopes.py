@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from llamafactory_ogpsa.inputs import DEFAULT_RANK, InputSubspace
+from llamafactory_ogpsa.inputs import DEFAULT_RANK, InputSubspace, Protected
 from llamafactory_ogpsa.kernels.rows import exact_products
-from llamafactory_ogpsa.protected import Protected
 
 from .devices import counters, default_device, environment
 from .implementations import MAX_NORM, clip_alone, ours

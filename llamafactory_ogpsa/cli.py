@@ -30,8 +30,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llamafactory-ogpsa",
         description="Data and checks for OGPSA training; the training itself is `llamafactory-cli train`. "
-        "Exit status: 2 where something given cannot be used; the message says what and why. Of doctor 1 where OGPSA "
-        "cannot train, of evaluate the harness's.",
+        "Exit status: 2 if something given cannot be used; the message says what and why. doctor returns 1 if OGPSA "
+        "cannot train here; evaluate returns the harness's status.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_prepare(commands.add_parser("prepare", help="make LLaMA-Factory datasets of published data"))
@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         "doctor",
         help="check whether OGPSA can train here, and print what to fix",
         description="Print versions, seams and devices, and for each problem a fix to try. "
-        "Exit status: 0 where OGPSA can train, 1 otherwise.",
+        "Exit status: 0 if OGPSA can train, 1 otherwise.",
     )
     doctor.set_defaults(run=run_doctor)
     return parser

@@ -89,7 +89,7 @@ class Subspace:
                 A tensor may be None where the reference loss does not touch the parameter. Any real floating dtype.
             scope: `parameter`: one basis a tensor (the paper's experiments); `global`: one for all (its theorem);
                 `inputs`: for each matrix `[out, in]` the leading directions of the inputs that the reference gradients
-                name, their right singular vectors: see `inputs.py`.
+                name, their right singular vectors: see `inputs/subspace.py`.
             rank: most directions kept, 1 to 32; None keeps one for each reference gradient. With scope `inputs` most
                 directions of a matrix, 1 to 4096; None: 96, but at most half of its inputs.
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.geometry import leading_directions
 from llamafactory_ogpsa.inputs import InputSubspace, Protected
+from llamafactory_ogpsa.inputs.segments import split_piece
 from llamafactory_ogpsa.kernels.rows import squared_norm
-from llamafactory_ogpsa.pieces import split_piece
 
 
 SHAPES = {"wide": (5, 12), "tall": (40, 6), "gain": (7,), "experts": (4, 3, 9), "conv": (4, 3, 2, 2)}

@@ -3,7 +3,7 @@
 import copy
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Sized
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple, TextIO
 
@@ -73,9 +73,9 @@ def packs_reference_sets(stage: str, data_args: Any, model_args: Any, template: 
     return True
 
 
-def without_media(samples: Iterable[dict[str, Any]]) -> int:
-    """Return the number of samples that have neither an image, a video nor a sound."""
-    return sum(not any(sample.get(key) for key in ("images", "videos", "audios")) for sample in samples)
+def has_media(sample: dict[str, Any]) -> bool:
+    """Return whether a sample has an image, a video or a sound."""
+    return any(sample.get(key) for key in ("images", "videos", "audios"))
 
 
 def count_tokens(sample: dict[str, Any], pad_token_id: int | None = None) -> int:
@@ -144,7 +144,7 @@ def load_reference_sets(
         if not usable:
             raise no_sample
         samples = samples.select(usable)
-        if arguments.neat_packing and has_media_tokens(template) and without_media(samples):
+        if arguments.neat_packing and has_media_tokens(template) and not all(map(has_media, samples)):
             raise ValueError(
                 f"`neat_packing` is True with FlashAttention 2, and {name!r} of `ogpsa_dataset` gives packed sequences "
                 "without images, which LLaMA-Factory cannot collate for a multimodal model; allowed: "

@@ -16,8 +16,8 @@ from .refusal_rule import load_judge
 TASKS = {"general": "mmlu,gpqa_main_zeroshot,ifeval,truthfulqa_mc2,bbh_cot_fewshot", "safety": "ogpsa_safety"}
 TASK_FOLDER = Path(__file__).parent / "tasks"
 # The tasks that each option has an effect on.
-XSTEST, STRONGREJECT = ("ogpsa_xstest_safe", "ogpsa_xstest_unsafe"), ("ogpsa_strongreject",)
-READERS = {"xstest": XSTEST, "strongreject": STRONGREJECT, "judge": XSTEST + STRONGREJECT}
+READERS = {"xstest": ("ogpsa_xstest_safe", "ogpsa_xstest_unsafe"), "strongreject": ("ogpsa_strongreject",)}
+READERS["judge"] = READERS["xstest"] + READERS["strongreject"]
 
 
 def evaluate(

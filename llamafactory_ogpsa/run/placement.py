@@ -38,7 +38,7 @@ def choose_basis_device(choice: str, gradient_device: torch.device, num_bytes: i
     return gradient_device
 
 
-def agree(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torch.device, str]:
+def settle_placement(engine: Engine, basis_device: torch.device, kernel: str) -> tuple[torch.device, str]:
     """Return the same basis device and kernel (`auto`, `triton` or `torch`) in all processes; every process calls it.
 
     Sums in another order differ in their last bits, and replicas that differ drift apart. So the CPU or torch is used

@@ -11,7 +11,7 @@ from ..options import Settings
 from ..reference import ReferencePasses
 from ..storage import Read
 from ..subspace import Subspace, read_geometry
-from .placement import agree, choose_basis_device, choose_basis_dtype
+from .placement import choose_basis_device, choose_basis_dtype, settle_placement
 
 
 class GradientBasis:
@@ -37,7 +37,7 @@ class GradientBasis:
         self.dtype = choose_basis_dtype(settings.basis_dtype, engine)
         self.num_bytes = num_sets * self.parts * sum(engine.sizes) * self.dtype.itemsize
         device = choose_basis_device(settings.basis_device, engine.device, self.num_bytes)
-        self.device, self.kernel = agree(engine, device, settings.kernel)
+        self.device, self.kernel = settle_placement(engine, device, settings.kernel)
         self.sharded = engine.processes.sharded
         self._groups = assign_groups(len(engine.names), settings.scope)
 

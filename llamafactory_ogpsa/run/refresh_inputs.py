@@ -6,13 +6,13 @@ import torch
 
 from ..engines import Engine
 from ..geometry import leading_directions
-from ..inputs import DEFAULT_RANK, InputSubspace, Protected, most_directions
+from ..inputs import DEFAULT_RANK, InputSubspace, Protected, Recorder, most_directions
+from ..inputs.record import find_modules, is_transposed
 from ..kernels.rows import TorchRows
 from ..options import Settings
-from ..record import Recorder, find_modules, is_transposed
 from ..reference import ReferencePasses
 from ..storage import Read
-from .placement import agree
+from .placement import settle_placement
 
 
 class InputBasis:
@@ -53,7 +53,7 @@ class InputBasis:
                 "whose gradient is split over the processes (DeepSpeed ZeRO or FSDP); allowed: another scope, or DDP."
             )
         self.rank = settings.rank or DEFAULT_RANK
-        self.device, self.kernel = agree(engine, engine.device, settings.kernel)
+        self.device, self.kernel = settle_placement(engine, engine.device, settings.kernel)
         self._shapes = [tuple(getattr(param, "ds_shape", param.shape)) for param in engine.parameters]
         self.unreached: frozenset[str] = frozenset()
         matrices = [index for index, shape in enumerate(self._shapes) if len(shape) == 2]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from llamafactory_ogpsa.engines import make_engine
 from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
 from llamafactory_ogpsa.geometry import assign_groups, orthonormalise_
-from llamafactory_ogpsa.record import Recorder, find_modules
+from llamafactory_ogpsa.inputs.record import Recorder, find_modules
 from llamafactory_ogpsa.reference import ReferencePasses, ReferenceSet
 from llamafactory_ogpsa.run.refresh_inputs import InputBasis
 from llamafactory_ogpsa.subspace import Subspace

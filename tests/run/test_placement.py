@@ -24,7 +24,7 @@ def test_what_one_process_cannot_do_none_does(monkeypatch, caplog, kernel, obsta
     processes = SimpleNamespace(rank=0, totals=lambda mine: [mine[0] + hosted, mine[1] + obstructed])
     engine = SimpleNamespace(device=torch.device("meta"), processes=processes)
     with caplog.at_level(logging.INFO):
-        device, chosen = placement.agree(engine, torch.device("meta"), kernel)
+        device, chosen = placement.settle_placement(engine, torch.device("meta"), kernel)
     assert (device.type, chosen) == expected
     assert ("cannot run in every process" in caplog.text) == bool(obstructed)
     assert ("by torch: Triton is not installed" in caplog.text) == (chosen == "torch" and obstacle is not None)

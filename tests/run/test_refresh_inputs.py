@@ -10,7 +10,7 @@ from llamafactory_ogpsa import Subspace
 from llamafactory_ogpsa.engines import Processes
 from llamafactory_ogpsa.engines.replicated import ReplicatedEngine
 from llamafactory_ogpsa.inputs import InputSubspace, Protected
-from llamafactory_ogpsa.record import FEWEST_TOKENS, ROWS, Recorder, find_modules
+from llamafactory_ogpsa.inputs.record import FEWEST_TOKENS, ROWS, Recorder, find_modules
 from llamafactory_ogpsa.reference import ReferencePasses, ReferenceSet
 from llamafactory_ogpsa.run.refresh_inputs import InputBasis
 

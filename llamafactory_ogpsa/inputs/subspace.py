@@ -1,4 +1,4 @@
-r"""Scope `inputs`: what every weight matrix does to reference inputs is left as it is.
+r"""The bases of the reference inputs of every weight matrix, and the projection of gradients by them.
 
 A weight matrix `W [out, in]` gets inputs `x`; its gradient is a sum of outer products, `G = Σ δ xᵀ`. With `V [k, in]`
 an orthonormal basis of the leading directions of the inputs that reference samples bring to the matrix,
@@ -20,16 +20,16 @@ from functools import cached_property
 
 import torch
 
-from .checks import order_gradients
-from .engines.processes import ALONE, Processes
-from .geometry import leading_directions, ratio
-from .kernels.factory import make_rows_kernel
-from .kernels.policy import clipping_factor
-from .kernels.rows import RowsKernel, TorchRows, squared_norm
-from .pieces import Segment, find_cuts, split_piece
-from .projection import RESIDUAL_FLOOR
+from ..checks import order_gradients
+from ..engines.processes import ALONE, Processes
+from ..geometry import leading_directions, ratio
+from ..kernels.factory import make_rows_kernel
+from ..kernels.policy import clipping_factor
+from ..kernels.rows import RowsKernel, TorchRows, squared_norm
+from ..projection import RESIDUAL_FLOOR
+from ..storage import Read, save_tensors
 from .protected import InputStats, Protected
-from .storage import Read, save_tensors
+from .segments import Segment, find_cuts, split_piece
 
 
 METHODS = ("orthogonal", "monitor")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .engines import Engine
+from ..engines import Engine
 
 
 # Rows kept of each matrix's inputs, over all sets and processes; more if a sample would give too few tokens.

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .geometry import ratio
-from .projection import StepFigures
+from ..geometry import ratio
+from ..projection import StepFigures
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ ZeRO lays parameters end to end and cuts them anywhere, so a process's piece may
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .engines.processes import Processes
+from ..engines.processes import Processes
 
 
 class Segment(NamedTuple):
