@@ -76,7 +76,8 @@ class Recorder:
             batch: the batch, with an `attention_mask` and perhaps `labels`.
             count: the samples that count; with 0, nothing is kept.
         """
-        present, labels, self._ids = batch.get("attention_mask"), batch.get("labels"), batch.get("input_ids")
+        present, labels = batch.get("attention_mask"), batch.get("labels")
+        self._ids, self._own = batch.get("input_ids"), True
         self._present = present.bool() if present is not None and present.dim() == 2 else None
         self._mask = None if self._present is None else _thin(self._present, labels, self._per_sample)
         self._count = count
@@ -123,7 +124,10 @@ class Recorder:
             # What PEFT has cast from bfloat16 needs half of the memory in bfloat16.
             rows = half if torch.equal((half := rows.bfloat16()).to(rows.dtype), rows) else rows
             # PEFT casts the inputs of an adapter in another dtype than the model, for each one anew.
-            last = next((seen for seen in reversed(self._seen) if seen[2].shape == rows.shape), None)
+            alike = (
+                seen for seen in reversed(self._seen) if seen[2].shape == rows.shape and seen[2].dtype == rows.dtype
+            )
+            last = next(alike, None)
             if last is None or len(rows) == 0 or not torch.equal(last[2], rows):
                 self._seen.append((weakref.ref(args[0]), [index], rows))
                 return

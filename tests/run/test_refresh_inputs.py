@@ -65,6 +65,9 @@ def test_inputs_that_are_cast_for_each_module_are_kept_once():
     inputs = torch.randn(3, 8).bfloat16()
     recorder = record(Cast(), {}, 3, inputs)
     assert sorted(recorder.shared) == [(0, 1), (2,)]
+    assert (
+        record(Cast(), {}, 3, inputs.float() / 3).rows((0, 1), 8).dtype == torch.float32
+    )  # bfloat16 would lose digits
     torch.testing.assert_close(recorder.rows((0, 1), 8), inputs)  # in bfloat16, which takes half of the memory
 
 
