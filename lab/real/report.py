@@ -125,14 +125,15 @@ def write(plan, lab_dir, output):
     table, answers = collect(plan, lab_dir)
     methods = list(plan.spec["methods"])
     figures.real_comparison(table, methods, output / "images" / "lab_real.png")
-    seeds = ", ".join(map(str, plan.spec["seeds"]))
+    seeds = plan.spec["seeds"]
+    means = f"Means over seeds {', '.join(map(str, seeds))}, with the least and the greatest in brackets"
     parts = [
         "# The alignment-tax lab on a real model: results\n",
-        f"Written by `python -m lab --real --plan {shown(plan.path)}` with the `--data` and `--raw` of its runs ([how](lab.md)). Model: {plan.spec['model']['source']}. "
-        f"Means over seeds ({seeds}: the order of the data), with the least and the greatest in brackets. Held-out "
-        "prompts, answered greedily; a refusal is one by published phrases in the first sentence. Losses are nats per "
-        "answer token. IFEval is the share of its prompts all of whose instructions the answer follows, strictly, with at "
-        f"most {MAX_NEW_TOKENS} tokens. Time is that of the training loop.\n",
+        f"Written by `python -m lab --real --plan {shown(plan.path)}` with the `--data` and `--raw` of its runs, see "
+        f"docs/lab.md. Model: {plan.spec['model']['source']}. {means if len(seeds) > 1 else f'Seed {seeds[0]}'} (a seed "
+        "is an order of the data). Held-out prompts, answered greedily; a refusal is one by published phrases in the "
+        "first sentence. Losses are nats per answer token. IFEval is the share of its prompts all of whose instructions "
+        f"the answer follows, strictly, with at most {MAX_NEW_TOKENS} tokens. Time is that of the training loop.\n",
         f"Made by {'; '.join(list_versions(read_result(run, lab_dir) for run in plan.runs.values()))}.\n",
         "![What the models answer](images/lab_real.png)\n",
     ]
@@ -140,7 +141,7 @@ def write(plan, lab_dir, output):
         parts += [f"## {pipeline}\n", comparison(table, pipeline, methods)]
     parts += [
         "## What they answer\n",
-        "The same prompts for all, seed " + seeds.split(",")[0] + ". Harmful prompts are not quoted.\n",
+        f"The same prompts for all, seed {seeds[0]}. Harmful prompts are not quoted.\n",
         *appendix(answers),
     ]
     path = output / "results-real.md"
