@@ -13,7 +13,7 @@ from ..engines import Engine
 
 # Rows kept of each matrix's inputs, over all sets and processes; more if a sample would give too few tokens.
 ROWS = 4096
-# With 5 or 7 tokens per sample, a real model lost what it keeps with 12 (docs/real-model.md, "Tokens of each sample").
+# With 5 or 7 tokens per sample, a real model lost what it keeps with 12 (docs/real-model-experiments.md).
 FEWEST_TOKENS = 16
 
 
