@@ -283,7 +283,7 @@ def _resolve_inputs(arguments: Any) -> None:
         )
     if getattr(arguments, "finetuning_type", None) == "oft":
         raise ValueError(
-            "`finetuning_type` is 'oft', which turns the inputs that `ogpsa_scope: inputs` keeps; allowed with it: "
+            "`finetuning_type` is 'oft', which rotates the inputs that `ogpsa_scope: inputs` keeps; allowed with it: "
             "full, freeze, lora."
         )
     for name in ("ogpsa_basis_device", "ogpsa_basis_dtype"):

@@ -44,7 +44,9 @@ def is_transposed(module: torch.nn.Module) -> bool:
 def is_router(module: torch.nn.Module) -> bool:
     """Return whether a module is a router of transformers, which multiplies by a matrix `[experts, in]` of its own."""
     weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("Router") and isinstance(weight, torch.nn.Parameter) and weight.dim() == 2
+    if not type(module).__name__.endswith("Router") or not isinstance(weight, torch.nn.Parameter):
+        return False
+    return len(getattr(weight, "ds_shape", weight.shape)) == 2  # of a parameter that ZeRO-3 has split
 
 
 class Recorder:
@@ -78,6 +80,9 @@ class Recorder:
         """
         present, labels = batch.get("attention_mask"), batch.get("labels")
         self._ids, self._own = batch.get("input_ids"), True
+        if present is not None and present.dim() == 4:
+            # Neat packing's mask `[sequences, 1, length, length]`: 0 if a token sees another; padding not even itself.
+            present = present[:, 0].diagonal(dim1=-2, dim2=-1) == 0
         self._present = present.bool() if present is not None and present.dim() == 2 else None
         self._mask = None if self._present is None else _thin(self._present, labels, self._per_sample)
         self._count = count

@@ -107,7 +107,7 @@ class TorchPlan(Plan):
                         yield chunk, gradient if chunk.where is None else gradient[chunk.where]
 
     def _sums(self, dense: list[torch.Tensor | None]) -> torch.Tensor:
-        """Return ``[num_groups, rank + 1]``, the sums over each group's chunks."""
+        """Return `[num_groups, rank + 1]`, the sums over each group's chunks."""
         self._partials.zero_()
         for chunk, gradient in self._parts(dense):
             _partial_sums(chunk, gradient)

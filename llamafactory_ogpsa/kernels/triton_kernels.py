@@ -7,8 +7,8 @@ A program finds its work in tables, so that one launch serves any number of tens
 - `gradients`, int64 `[2, num_pieces]`: the gradient's address (0 for none) and its kind;
 - `tile_piece`, int32 `[num_tiles]`: the piece each tile belongs to; a tile is `TILE` consecutive elements.
 
-A kind is twice the dtype's index in ``GRADIENT_DTYPES``, plus one where the elements cannot be read 16 bytes at a time.
-``GRADIENT_KINDS`` and ``BASIS_KINDS`` are the sets of kinds that occur, one bit each: code exists only for these, and
+A kind is twice the dtype's index in `GRADIENT_DTYPES`, plus one where the elements cannot be read 16 bytes at a time.
+`GRADIENT_KINDS` and `BASIS_KINDS` are the sets of kinds that occur, one bit each: code exists only for these, and
 a program branches only where there are several.
 """
 

@@ -62,9 +62,9 @@ def packs_reference_sets(stage: str, data_args: Any, model_args: Any, template: 
     """Decide whether reference samples are packed, as the training samples are.
 
     LLaMA-Factory packs in the stages pt and sft only. Neat packing keeps the samples of a sequence apart, so that a loss
-    is the same without it; and with it, LLaMA-Factory cannot collate a batch without images for a multimodal model. For
-    such a model, and for scope `inputs`, which keeps some tokens of each sample and none of the padding, reference
-    samples are packed only with neat packing and FlashAttention 2, which cannot collate unpacked batches.
+    is the same without it, and LLaMA-Factory cannot collate it without images for a multimodal model. Scope `inputs`
+    keeps some tokens of each sample. So for neat packing of a multimodal model, and for all packing with scope `inputs`,
+    reference samples are packed only if FlashAttention 2 comes with neat packing: it cannot collate unpacked batches.
     """
     if stage not in ("pt", "sft") or not data_args.packing:
         return False

@@ -40,12 +40,20 @@ class InputBasis:
         """Look the matrices up; every process calls it.
 
         Raises:
-            ValueError: a matrix is kept transposed, and processes share its gradient.
+            ValueError: a matrix is kept transposed, and processes share its gradient; or an adapter is DoRA's.
         """
         self._settings = settings
         self._engine = engine
         self._model = model
+        if any("lora_magnitude_vector" in name for name in engine.names):
+            raise ValueError(
+                "the adapter uses DoRA (`use_dora`), where B changes the output for every input; allowed with "
+                "`ogpsa_scope: inputs`: an adapter without DoRA."
+            )
         self._modules = find_modules(engine, model)
+        # Here, because FSDP2 has other tensors in a gathered module.
+        head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+        self._heads = {index for _, index in self._modules if engine.parameters[index] is head}
         self._transposed = {index for module, index in self._modules if is_transposed(module)}
         if self._transposed and engine.processes.sharded:
             raise ValueError(
@@ -74,7 +82,7 @@ class InputBasis:
             the subspace, and the reference losses by the name of the set.
 
         Raises:
-            RuntimeError: a fused kernel hides the inputs of all trained matrices, or those of the output head.
+            RuntimeError: no input of the output head, or of any trained matrix, was seen.
         """
         recorder = Recorder(self._modules, sum(map(len, passes.indices)))
         with recorder.recording(self._model):
@@ -101,10 +109,10 @@ class InputBasis:
             width = self._width(indices[0])
             rows = torch.cat([self._gather(recorder.rows(source, width)) for source in sources])
             # Not on the engine's device: with ZeRO's CPU offload that is the host, where it would take an hour.
-            directions = self._agree(leading_directions(rows.to(processes.device), self.rank))
+            directions = self._agree(leading_directions(rows.to(processes.device), self.rank)).to(self._engine.device)
             # Without a direction (an expert that is called with no token) there is no basis.
             for index in indices if len(directions) else ():
-                own = directions[: self._most(index)].contiguous().to(self._engine.device)
+                own = directions[: self._most(index)].contiguous()
                 protected[index] = Protected(own, index in self._transposed)
         for index in processes.union(recorder.tokens):
             if protected[index].basis is None:
@@ -114,18 +122,14 @@ class InputBasis:
         return protected
 
     def _check_seen(self, inputs_of: dict[int, tuple]) -> None:
-        """Raise a RuntimeError where a kernel that does not call its modules hides what must be seen."""
-        trained = {index for _, index in self._modules}
-        read_head = getattr(self._model, "get_output_embeddings", lambda: None)
-        head = getattr(read_head(), "weight", None)
-        heads = {index for index in trained if self._engine.parameters[index] is head}
-        matrices = any(len(shape) == 2 for shape in self._shapes)
-        hidden = "the output head" if heads - inputs_of.keys() else "any weight matrix"
-        if heads - inputs_of.keys() or (matrices and not inputs_of):
+        """Raise a RuntimeError if nothing was seen of what must be seen; `inputs_of`: the same in all processes."""
+        multiplied = any(not isinstance(module, torch.nn.Embedding) for module, _ in self._modules)
+        unseen = "the output head" if self._heads - inputs_of.keys() else "any trained weight matrix"
+        if self._heads - inputs_of.keys() or (multiplied and not inputs_of):
             raise RuntimeError(
-                f"`ogpsa_scope` is 'inputs', and the inputs of {hidden} that is trained are not to be seen: no module "
-                "was called with them. Fused kernels, such as those of `enable_liger_kernel` and `use_unsloth`, hide "
-                "them; allowed: without these, or another scope."
+                f"`ogpsa_scope` is 'inputs', and no input of {unseen} was seen: no reference sample reaches it, or a fused "
+                "kernel (`enable_liger_kernel`, `use_unsloth`) does not call its module. Allowed: reference sets that "
+                "reach it, no such kernel, or another scope."
             )
 
     def _agree(self, directions: torch.Tensor) -> torch.Tensor:

@@ -106,7 +106,7 @@ class OgpsaRun:
 
         Raises:
             FloatingPointError: a reference set gives no finite gradient; names the set.
-            RuntimeError: reference passes are not free of noise; names the module.
+            RuntimeError: scope `inputs` sees no input of a trained matrix; or reference passes are not free of noise; names the module.
         """
         start = time.perf_counter()
         if self.host.main:

@@ -101,17 +101,50 @@ def test_a_pass_of_another_batch_is_not_recorded():
     torch.testing.assert_close(recorder.rows((1,), 8), model.embed.weight[1:4].detach())
 
 
+class TopKRouter(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight)
+
+
 def test_a_router_is_recorded():
-    class TopKRouter(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.randn(4, 8))
-
-        def forward(self, x):
-            return torch.nn.functional.linear(x, self.weight)
-
     inputs = torch.randn(3, 8)
     torch.testing.assert_close(record(torch.nn.Sequential(TopKRouter()), {}, 3, inputs).rows((0,), 8), inputs)
+
+
+def test_a_router_that_zero_has_split_is_found():
+    router = TopKRouter()
+    router.weight.ds_shape, router.weight.data = router.weight.shape, torch.empty(0)
+    engine = SimpleNamespace(parameters=[router.weight])
+    assert find_modules(engine, router) == [(router, 0)]
+
+
+def test_padding_is_left_out_under_the_mask_of_neat_packing():
+    """As LLaMA-Factory's collator makes it: `[sequences, 1, length, length]`, 0 where a token sees another."""
+    from llamafactory.data.collator import prepare_4d_attention_mask
+
+    mask = prepare_4d_attention_mask(torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]]), torch.float32)
+    inputs = torch.randn(2, 6, 8)
+    rows = record(torch.nn.Linear(8, 8, bias=False), {"attention_mask": mask}, 2, inputs).rows((0,), 8)
+    torch.testing.assert_close(rows, torch.cat([inputs[0, :5], inputs[1, :2]]))
+
+
+def test_an_adapter_of_dora_is_refused():
+    from peft import LoraConfig, get_peft_model
+
+    base = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"], r=2, use_dora=True))
+    with pytest.raises(ValueError, match="uses DoRA.*allowed with `ogpsa_scope: inputs`: an adapter without"):
+        InputBasis(SETTINGS, ReplicatedEngine(model), model)
+
+
+def test_an_embedding_may_be_all_that_is_trained():
+    model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8).requires_grad_(False))
+    subspace, _ = compute(model, torch.tensor([[1, 2], [2, 3]]))
+    assert subspace.protected[0].tokens.nonzero().flatten().tolist() == [1, 2, 3]
 
 
 class Fused(torch.nn.Module):
@@ -128,18 +161,16 @@ class Fused(torch.nn.Module):
         return self.layers(x) @ self.head.weight.T
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"), [([torch.nn.Linear(8, 8)], "the inputs of the output head"), ([], "the output head")]
-)
-def test_a_head_whose_inputs_are_hidden_stops_the_run(layers, message):
-    with pytest.raises(RuntimeError, match=f"{message}.*enable_liger_kernel.*allowed: without these"):
+@pytest.mark.parametrize("layers", [[torch.nn.Linear(8, 8)], []])
+def test_a_head_whose_inputs_are_hidden_stops_the_run(layers):
+    with pytest.raises(RuntimeError, match="no input of the output head was seen.*enable_liger_kernel.*Allowed: "):
         compute(Fused(layers), torch.randn(2, 8))
 
 
 def test_a_run_none_of_whose_matrices_is_seen_stops():
     model = Fused([])
     model.get_output_embeddings = lambda: None
-    with pytest.raises(RuntimeError, match="the inputs of any weight matrix"):
+    with pytest.raises(RuntimeError, match="no input of any trained weight matrix was seen"):
         compute(model, torch.randn(2, 8))
 
 
