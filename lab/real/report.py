@@ -126,11 +126,12 @@ def write(plan, lab_dir, output):
     methods = list(plan.spec["methods"])
     figures.real_comparison(table, methods, output / "images" / "lab_real.png")
     seeds = plan.spec["seeds"]
-    means = f"Means over seeds {', '.join(map(str, seeds))}, with the least and the greatest in brackets"
+    several = f"Means over seeds {', '.join(map(str, seeds))}, with the least and the greatest in brackets"
+    means = several if len(seeds) > 1 else f"Seed {seeds[0]}"
     parts = [
         "# The alignment-tax lab on a real model: results\n",
         f"Written by `python -m lab --real --plan {shown(plan.path)}` with the `--data` and `--raw` of its runs, see "
-        f"docs/lab.md. Model: {plan.spec['model']['source']}. {means if len(seeds) > 1 else f'Seed {seeds[0]}'} (a seed "
+        f"docs/lab.md. Model: {plan.spec['model']['source']}. {means} (a seed "
         "is an order of the data). Held-out prompts, answered greedily; a refusal is one by published phrases in the "
         "first sentence. Losses are nats per answer token. IFEval is the share of its prompts all of whose instructions "
         f"the answer follows, strictly, with at most {MAX_NEW_TOKENS} tokens. Time is that of the training loop.\n",

@@ -126,19 +126,22 @@ class Recorder:
         if same is None:
             rows = self._select(args[0].detach()).to("cpu")
             rows = rows[rows.isfinite().all(1)]
-            # What PEFT has cast from bfloat16 needs half of the memory in bfloat16.
-            rows = half if torch.equal((half := rows.bfloat16()).to(rows.dtype), rows) else rows
-            # PEFT casts the inputs of an adapter in another dtype than the model, for each one anew.
-            alike = (
-                seen for seen in reversed(self._seen) if seen[2].shape == rows.shape and seen[2].dtype == rows.dtype
-            )
-            last = next(alike, None)
-            if last is None or len(rows) == 0 or not torch.equal(last[2], rows):
+            half = rows.bfloat16()
+            if torch.equal(half.to(rows.dtype), rows):
+                rows = half  # what PEFT has cast from bfloat16: half of the memory
+            same = self._find_cast(rows)
+            if same is None:
                 self._seen.append((weakref.ref(args[0]), [index], rows))
                 return
-            same = last[1]
         if index not in same:
             same.append(index)
+
+    def _find_cast(self, rows: torch.Tensor) -> list[int] | None:
+        """Return the weights whose inputs are these rows too: for an adapter in another dtype, PEFT casts them anew."""
+        for _, indices, seen in reversed(self._seen):
+            if (seen.shape, seen.dtype) == (rows.shape, rows.dtype):
+                return indices if len(rows) > 0 and torch.equal(seen, rows) else None
+        return None
 
     def end_batch(self, finite: bool) -> None:
         """Keep the rows of the forward pass that has ended, unless its loss was not finite."""

@@ -123,9 +123,10 @@ class InputBasis:
 
     def _check_seen(self, inputs_of: dict[int, tuple]) -> None:
         """Raise a RuntimeError if nothing was seen of what must be seen; `inputs_of`: the same in all processes."""
+        head_unseen = bool(self._heads - inputs_of.keys())
         multiplied = any(not isinstance(module, torch.nn.Embedding) for module, _ in self._modules)
-        unseen = "the output head" if self._heads - inputs_of.keys() else "any trained weight matrix"
-        if self._heads - inputs_of.keys() or (multiplied and not inputs_of):
+        if head_unseen or (multiplied and not inputs_of):
+            unseen = "the output head" if head_unseen else "any trained weight matrix"
             raise RuntimeError(
                 f"`ogpsa_scope` is 'inputs', and no input of {unseen} was seen: no reference sample reaches it, or a fused "
                 "kernel (`enable_liger_kernel`, `use_unsloth`) does not call its module. Allowed: reference sets that "
