@@ -1,17 +1,14 @@
 """The `ogpsa_*` options, each declared once, as a field of `Settings`.
 
-LLaMA-Factory's arguments and their `--help` (`plugin.arguments`), the checks, the defaults, the table in
-docs/options.md (`python -m llamafactory_ogpsa.options docs/options.md`) and the web UI's panel (`plugin.board_tab`)
-are made from these fields.
+LLaMA-Factory's arguments and their `--help` (`plugin.arguments`), the checks, the defaults, the tables in
+docs/options.md (scripts/options_table.py) and the web UI's panel (`plugin.board_tab`) are made from these fields.
 """
 
 import difflib
 import re
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from .geometry import SCOPES
@@ -309,41 +306,3 @@ def _check_rank(arguments: Any) -> None:
             f"`ogpsa_rank` is {rank}, which does not hold the gradients of all {sets} sets, as "
             f"`ogpsa_method: conflict` needs; allowed with it: multiples of {sets}."
         )
-
-
-# The lines of docs/options.md around the tables.
-_BEGIN, _END = "<!-- tables: begin -->", "<!-- tables: end -->"
-
-
-def make_tables() -> str:
-    """Return the Markdown tables of all options, one a group."""
-    allowed = {list: "dataset names", int: "a positive integer", bool: "true, false"}
-    lines = []
-    for group in dict.fromkeys(option.group for option in OPTIONS.values()):
-        lines += [f"## {group}", "", "| option | default | allowed | meaning |", "|---|---|---|---|"]
-        lines += [
-            f"| `{name}` | {option.shown_default} | {allowed.get(option.type) or ', '.join(option.choices)} | {option.help} |"
-            for name, option in OPTIONS.items()
-            if option.group == group
-        ]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def insert_tables(page: str) -> str:
-    """Return a page with new tables of options; raise a ValueError if the two lines around them are missing."""
-    before, begin, rest = page.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"the page has no lines {_BEGIN} and {_END}")
-    return f"{before}{_BEGIN}\n\n{make_tables()}\n{_END}{after}"
-
-
-def main(words: Sequence[str]) -> None:
-    """Renew the tables in the given files."""
-    for path in map(Path, words):
-        path.write_text(insert_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

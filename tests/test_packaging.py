@@ -36,8 +36,8 @@ def test_the_wheel_holds_the_package_and_its_entry_point(wheel):
         entry_points = ConfigParser()
         entry_points.read_string(archive.read(info).decode())
         metadata = archive.read(info.replace("entry_points.txt", "METADATA")).decode()
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "llamafactory_ogpsa").rglob("*.py")}
-    assert modules == {name for name in names if name.endswith(".py")}
+    found = (path for path in (ROOT / "llamafactory_ogpsa").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert {str(path.relative_to(ROOT)) for path in found} == {name for name in names if ".dist-info/" not in name}
     assert all(name.startswith("llamafactory_ogpsa") for name in names)  # nothing is left behind by an uninstallation
     assert dict(entry_points["torch.backends"]) == {"llamafactory_ogpsa": "llamafactory_ogpsa.autoload:register"}
     assert "Requires-Dist: llamafactory>=0.9.4" in metadata
