@@ -25,7 +25,7 @@ from ..engines.processes import ALONE, Processes
 from ..geometry import leading_directions, ratio
 from ..kernels.factory import make_rows_kernel
 from ..kernels.policy import clipping_factor
-from ..kernels.rows import RowsKernel, TorchRows, squared_norm
+from ..kernels.rows import TorchRows, squared_norm
 from ..projection import RESIDUAL_FLOOR
 from ..storage import Read, save_tensors
 from .protected import InputStats, Protected
@@ -78,7 +78,7 @@ class InputSubspace:
         self.device = device
         self.processes = processes
         self._offsets = list(offsets) if offsets is not None else [0] * len(self.names)
-        self._kernels: dict[str, RowsKernel] = {}
+        self._kernels: dict[str, TorchRows] = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kernels": {}}
@@ -250,7 +250,7 @@ class InputSubspace:
             columns = slice(segment.column, segment.column + part.shape[1])
             yield segment.cut, part, item.basis if segment.cut is None else item.basis[:, columns].contiguous()
 
-    def _measure(self, kernel: RowsKernel, tensors: Iterable[tuple[int, torch.Tensor | None]], keep: bool = True):
+    def _measure(self, kernel: TorchRows, tensors: Iterable[tuple[int, torch.Tensor | None]], keep: bool = True):
         """Return the coefficients of each part of each tensor (none unless kept), and the sums of `InputStats`."""
         segments, cut_tensors = self._layout
         sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.device)
@@ -297,7 +297,7 @@ class InputSubspace:
         first, last = start // width, -(-(start + size) // width)
         return tokens[first:last].repeat_interleave(width)[start - first * width :][:size]
 
-    def _apply(self, kernel: RowsKernel, gradients, coefficients, finite: torch.Tensor, scale) -> None:
+    def _apply(self, kernel: TorchRows, gradients, coefficients, finite: torch.Tensor, scale) -> None:
         """Remove what was measured, unless the gradient is not finite, and clip."""
         if self.device.type == "cpu" and scale is None and not finite.item():
             return

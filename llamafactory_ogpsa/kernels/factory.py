@@ -9,7 +9,7 @@ import torch
 
 from .basis import ResidentBasis, StreamedBasis
 from .plan import Plan
-from .rows import RowsKernel, TorchRows
+from .rows import TorchRows
 from .torch_plan import TorchPlan
 
 
@@ -46,7 +46,13 @@ def make_plan(
     """
     _check(basis, groups, num_groups)
     device = basis[0].device if device is None else torch.empty(0, device=device).device
-    source = _source(basis, groups, device)
+    if basis[0].device == device:
+        source = ResidentBasis(basis, groups)
+    elif basis[0].device.type == "cpu":
+        source = StreamedBasis(basis, groups, device)
+    else:
+        raise ValueError(f"a basis on {basis[0].device} cannot serve gradients on {device}.")
+
     numels = [b.shape[1] for b in basis]
     if use_triton(kernel, device):
         from .triton_plan import TritonPlan
@@ -56,7 +62,7 @@ def make_plan(
     return TorchPlan(source, numels, num_groups, basis[0].shape[0])
 
 
-def make_rows_kernel(kernel: str, device: torch.device) -> RowsKernel:
+def make_rows_kernel(kernel: str, device: torch.device) -> TorchRows:
     """Choose the implementation for gradients on a device, as `make_plan` does.
 
     Raises:
@@ -89,16 +95,6 @@ def _check(basis: Sequence[torch.Tensor], groups: Sequence[int], num_groups: int
         raise ValueError(
             f"groups must hold, for each of the {len(basis)} tensors, a number from 0 to {num_groups - 1}."
         )
-
-
-def _source(basis: Sequence[torch.Tensor], groups: Sequence[int], device: torch.device) -> ResidentBasis:
-    if basis[0].device == device:
-        return ResidentBasis(basis, groups)
-
-    if basis[0].device.type != "cpu":
-        raise ValueError(f"a basis on {basis[0].device} cannot serve gradients on {device}.")
-
-    return StreamedBasis(basis, groups, device)
 
 
 def use_triton(kernel: str, device: torch.device) -> bool:

@@ -5,7 +5,6 @@ For a gradient `G [rows, in]` and a basis `V [k, in]` with orthonormal rows, `C 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 
@@ -14,8 +13,8 @@ import torch
 _LONGEST_ROW = 1024
 
 
-class RowsKernel(Protocol):
-    """One implementation of the two passes. Results are bitwise the same in every run on the same machine."""
+class TorchRows:
+    """The passes as two matrix products. Results are bitwise the same in every run on the same machine."""
 
     def coefficients(self, gradient: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure a gradient along a basis.
@@ -27,6 +26,10 @@ class RowsKernel(Protocol):
         Returns:
             `C`, float32 `[rows, k]`, and `(‖G‖², ‖C‖²)`, float64 `[2]`.
         """
+        gradient = gradient.float()
+        with exact_products():
+            coefficients = gradient @ basis.T
+        return coefficients, torch.stack([squared_norm(gradient), squared_norm(coefficients)])
 
     def apply_(
         self, gradient: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor | None
@@ -39,20 +42,6 @@ class RowsKernel(Protocol):
             basis: as above.
             scale: float32, 0-dim, or None for one.
         """
-
-
-class TorchRows:
-    """The passes as two matrix products."""
-
-    def coefficients(self, gradient: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gradient = gradient.float()
-        with exact_products():
-            coefficients = gradient @ basis.T
-        return coefficients, torch.stack([squared_norm(gradient), squared_norm(coefficients)])
-
-    def apply_(
-        self, gradient: torch.Tensor, coefficients: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor | None
-    ) -> None:
         result = gradient if gradient.dtype == torch.float32 else gradient.float()
         with exact_products():
             result.addmm_(coefficients, basis, alpha=-1)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .basis import Piece, ResidentBasis
-from .plan import TINY_SQUARE, Gradients, Plan
+from .plan import TINY_SQUARE, Figures, Gradients, Plan
 from .policy import orthogonal_step
 
 
@@ -20,16 +20,14 @@ class Chunk(NamedTuple):
     """The part of a piece that is worked on at a time.
 
     Attributes:
-        tensor: index of the parameter tensor.
-        group: the group it belongs to.
+        piece: the piece.
         where: its elements in the flattened parameter tensor, None for all.
         basis: view `[rank, length]` of the basis.
         work: view float32 `[rank + 1, length]` of the work table.
         sums: view float32 `[rank + 1]` of the table of partial sums, the last entry for the squared norm.
     """
 
-    tensor: int
-    group: int
+    piece: Piece
     where: slice | None
     basis: torch.Tensor
     work: torch.Tensor
@@ -47,77 +45,62 @@ class TorchPlan(Plan):
     def __init__(self, source: ResidentBasis, numels: Sequence[int], num_groups: int, rank: int) -> None:
         super().__init__(source, numels, num_groups, rank)
         size = WORK_NUMEL.get(self.device.type, WORK_NUMEL_ELSEWHERE) // (rank + 1) // 16 * 16
-        spans = [
-            [slice(i, min(i + size, piece.length)) for i in range(0, piece.length, size)] for piece in source.pieces
-        ]
-        size = min(size, max((span.stop for piece in spans for span in piece), default=0))
-        work = torch.empty(rank + 1, size, dtype=torch.float32, device=self.device)
-        views = {n: work[:, :n] for n in {span.stop - span.start for piece in spans for span in piece}}
-        self._partials = torch.zeros(sum(map(len, spans)), rank + 1, dtype=torch.float32, device=self.device)
+        longest = max((piece.length for piece in source.pieces), default=0)
+        work = torch.empty(rank + 1, min(size, longest), dtype=torch.float32, device=self.device)
+        starts = [range(0, piece.length, size) for piece in source.pieces]
+        self._partials = torch.zeros(sum(map(len, starts)), rank + 1, dtype=torch.float32, device=self.device)
         self._sum_dtype = torch.float64 if self.device.type in ("cpu", "cuda") else torch.float32
-        self._group_chunks = torch.zeros(num_groups, dtype=torch.int64)
-        self._chunks = []
+        group_chunks = torch.zeros(num_groups, dtype=torch.int64)
+        self._chunks: list[list[Chunk]] = [[] for _ in source.pieces]
         rows = iter(self._partials)
-        for piece, cut in zip(source.pieces, spans, strict=True):
-            self._group_chunks[piece.group] += len(cut)
-            whole = piece.length == numels[piece.tensor] and len(cut) == 1
-            self._chunks.append([_chunk(piece, span, whole, views, next(rows)) for span in cut])
-        self._group_chunks = self._group_chunks.to(self.device)
+        for piece, cuts, chunks in zip(source.pieces, starts, self._chunks, strict=True):
+            group_chunks[piece.group] += len(cuts)
+            whole = piece.length == numels[piece.tensor] and len(cuts) == 1
+            for start in cuts:
+                basis = piece.basis[:, start : start + size]
+                first, length = piece.start + start, basis.shape[1]
+                where = None if whole else slice(first, first + length)
+                chunks.append(Chunk(piece, where, basis, work[:, :length], next(rows)))
+        self._group_chunks = group_chunks.to(self.device)
 
-    @torch.no_grad()
-    def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-        sums = self._sums(self._dense(gradients)[0])
-        return _split(sums.float())
+    def _measure(self, dense: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
+        return _split(self._sums(dense).float())
 
-    @torch.no_grad()
-    def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        self._check_table("delta", delta, (self.num_groups, self.rank))
-        if scale is not None:
-            self._check_table("scale", scale, ())
-        dense, copied = self._dense(gradients)
-        self._write(dense, delta, scale)
-        for gradient, copy in copied:
-            gradient.copy_(copy)
-
-    @torch.no_grad()
-    def orthogonal_(
-        self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
-        dense, copied = self._dense(gradients)
+    def _project(self, dense: Gradients, inverse_gram: torch.Tensor, max_norm: float | None) -> Figures:
         sums = self._sums(dense)
         delta, scale, norm = orthogonal_step(*_split(sums), inverse_gram, max_norm)
         self._write(dense, delta, scale)
-        for gradient, copy in copied:
-            gradient.copy_(copy)
-
         return *_split(sums.float()), norm
 
-    def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
-        """Do nothing: torch has no kernels to compile."""
-
-    def _parts(self, dense: list[torch.Tensor | None]) -> Iterator[tuple[Chunk, torch.Tensor]]:
+    def _parts(self, dense: Gradients) -> Iterator[tuple[Chunk, torch.Tensor]]:
         """Yield each chunk of a tensor with a gradient, and its part of it, while the chunk's basis may be read."""
         flat = [None if gradient is None else gradient.view(-1) for gradient in dense]
         for bucket in self._source.load():
             for i in bucket:
                 for chunk in self._chunks[i]:
-                    gradient = flat[chunk.tensor]
+                    gradient = flat[chunk.piece.tensor]
                     if gradient is not None:
                         yield chunk, gradient if chunk.where is None else gradient[chunk.where]
 
-    def _sums(self, dense: list[torch.Tensor | None]) -> torch.Tensor:
+    def _sums(self, dense: Gradients) -> torch.Tensor:
         """Return `[num_groups, rank + 1]`, the sums over each group's chunks."""
         self._partials.zero_()
         for chunk, gradient in self._parts(dense):
-            _partial_sums(chunk, gradient)
+            products, last = chunk.work[:-1], chunk.work[-1]
+            # Copied first: a product of two low-precision tensors would be rounded before it reached the float32
+            # output, and one of mixed precision is slower than the copy.
+            gradient = gradient if gradient.dtype == torch.float32 else last.copy_(gradient)
+            basis = chunk.basis if chunk.basis.dtype == torch.float32 else products.copy_(chunk.basis)
+            torch.mul(basis, gradient, out=products)
+            torch.mul(gradient, gradient, out=last)
+            torch.sum(chunk.work, 1, out=chunk.sums)
         sums = torch.segment_reduce(
             self._partials.to(self._sum_dtype), "sum", lengths=self._group_chunks, axis=0, initial=0.0, unsafe=True
         )
         sums[:, :-1].masked_fill_(sums[:, -1:] < TINY_SQUARE, 0.0)
         return sums
 
-    def _write(self, dense: list[torch.Tensor | None], delta: torch.Tensor, scale: torch.Tensor | None) -> None:
+    def _write(self, dense: Gradients, delta: torch.Tensor, scale: torch.Tensor | None) -> None:
         untouched = [False] * self.num_groups
         if self.device.type == "cpu":
             # On other devices reading these values would make the host wait.
@@ -126,36 +109,18 @@ class TorchPlan(Plan):
 
         rows = delta.unbind()
         for chunk, gradient in self._parts(dense):
-            if not untouched[chunk.group]:
-                _write_chunk(chunk, gradient, rows[chunk.group], scale)
+            if untouched[chunk.piece.group]:
+                continue
 
-
-def _chunk(piece: Piece, span: slice, whole: bool, views: dict[int, torch.Tensor], sums: torch.Tensor) -> Chunk:
-    where = None if whole else slice(piece.start + span.start, piece.start + span.stop)
-    return Chunk(piece.tensor, piece.group, where, piece.basis[:, span], views[span.stop - span.start], sums)
+            basis, last = chunk.work[:-1], chunk.work[-1]
+            basis = chunk.basis if chunk.basis.dtype == torch.float32 else basis.copy_(chunk.basis)
+            result = gradient if gradient.dtype == torch.float32 else last.copy_(gradient)
+            result.addmv_(basis.t(), rows[chunk.piece.group])
+            if scale is not None:
+                result.mul_(scale)
+            if result is not gradient:
+                gradient.copy_(result)
 
 
 def _split(sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return sums[:, :-1].contiguous(), sums[:, -1].contiguous()
-
-
-def _partial_sums(chunk: Chunk, gradient: torch.Tensor) -> None:
-    products, last = chunk.work[:-1], chunk.work[-1]
-    # Copied first: a product of two low-precision tensors would be rounded before it reached the float32 output, and
-    # one of mixed precision is slower than the copy.
-    gradient = gradient if gradient.dtype == torch.float32 else last.copy_(gradient)
-    basis = chunk.basis if chunk.basis.dtype == torch.float32 else products.copy_(chunk.basis)
-    torch.mul(basis, gradient, out=products)
-    torch.mul(gradient, gradient, out=last)
-    torch.sum(chunk.work, 1, out=chunk.sums)
-
-
-def _write_chunk(chunk: Chunk, gradient: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor | None) -> None:
-    basis, last = chunk.work[:-1], chunk.work[-1]
-    basis = chunk.basis if chunk.basis.dtype == torch.float32 else basis.copy_(chunk.basis)
-    result = gradient if gradient.dtype == torch.float32 else last.copy_(gradient)
-    result.addmv_(basis.t(), delta)
-    if scale is not None:
-        result.mul_(scale)
-    if result is not gradient:
-        gradient.copy_(result)

@@ -114,9 +114,7 @@ class TritonRows(TorchRows):
         coefficients = torch.empty(rows, basis.shape[0], dtype=torch.float32, device=dense.device)
         sums = torch.empty(2, programs, dtype=torch.float32, device=dense.device)
         with torch.cuda.device_of(dense):
-            rows_coefficients_kernel[(programs,)](
-                dense, basis, coefficients, sums, rows, columns, **_options(basis, dense.device)
-            )
+            rows_coefficients_kernel[(programs,)](dense, basis, coefficients, sums, rows, columns, **_options(basis))
         return coefficients, sums.double().sum(1)
 
     def apply_(
@@ -138,15 +136,15 @@ class TritonRows(TorchRows):
                 rows,
                 columns,
                 CHUNK=min(_CHUNK, _padded(basis)),
-                **_options(basis, dense.device),
+                **_options(basis),
             )
         if dense is not gradient:
             gradient.copy_(dense)
 
 
-def _options(basis: torch.Tensor, device: torch.device) -> dict:
+def _options(basis: torch.Tensor) -> dict:
     # Three TF32 products make a float32 one on tensor cores; other backends and the interpreter multiply in float32.
-    precise = "tf32x3" if device.type == "cuda" and not torch.version.hip else "ieee"
+    precise = "tf32x3" if basis.device.type == "cuda" and not torch.version.hip else "ieee"
     sizes = dict(K=basis.shape[0], PADDED=_padded(basis), ROWS=_ROWS, COLUMNS=_COLUMNS)
     return dict(sizes, PRECISION=precise, num_warps=8 if _padded(basis) > 64 else 4)
 
