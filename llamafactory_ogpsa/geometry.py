@@ -60,9 +60,8 @@ def products_with(row: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         float64 `[n]`, on the vector's device.
     """
     total = torch.zeros(row.shape[0], dtype=torch.float64, device=vector.device)
-    for chunk, part in zip(
-        row.split(_CHUNK // row.shape[0], dim=1), vector.split(_CHUNK // row.shape[0]), strict=True
-    ):
+    size = _CHUNK // row.shape[0]
+    for chunk, part in zip(row.split(size, dim=1), vector.split(size), strict=True):
         total += _to_float64(chunk, vector.device) @ part.to(torch.float64)
     return total
 
@@ -176,9 +175,8 @@ def orthonormalise_(
     inverse_norms = ratio(torch.ones_like(norms), norms)
     cosines = gram * inverse_norms[:, :, None] * inverse_norms[:, None, :]
     eigenvalues, eigenvectors = torch.linalg.eigh(cosines)
-    solution = processes.agree(torch.cat([eigenvalues[:, None], eigenvectors], dim=1))
+    solution = processes.agree(torch.cat([eigenvalues[:, None], eigenvectors], dim=1)).flip(-1)
     eigenvalues, eigenvectors = solution[:, 0], solution[:, 1:]
-    eigenvalues, eigenvectors = eigenvalues.flip(-1), eigenvectors.flip(-1)
 
     tolerance = max((4 * max(torch.finfo(row.dtype).eps for row in rows)) ** 2, 1e-10)
     kept = eigenvalues > tolerance * n

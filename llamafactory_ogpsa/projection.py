@@ -165,11 +165,13 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
 
         residual = None
         if measure:
+            left_products, left = _coefficients(plan, gradients, processes)
             scale = None if method == "monitor" else clipping_factor(norm, max_norm)
-            before = squared_norms.sqrt() if scale is None else scale * squared_norms.sqrt()
-            residual, left = _residual(plan, gradients, processes, geometry, before)
+            floor = RESIDUAL_FLOOR * (squared_norms.sqrt() if scale is None else scale * squared_norms.sqrt())
+            largest = geometry.coefficients(left_products).abs().amax(1)
+            residual = ratio(largest, torch.maximum(left.sqrt(), floor)).max()
             if max_norm is None and any(gradient is None for gradient in gradients):
-                norm = left
+                norm = left.sum().sqrt()
         return ProjectionStats(norm, residual, squared_norms, products, delta, geometry)
 
     return project
@@ -184,24 +186,3 @@ def _coefficients(
         return products, squared_norms
     total = processes.sum_pieces(torch.cat([products, squared_norms[:, None]], dim=1))
     return total[:, :-1], total[:, -1]
-
-
-def _residual(
-    plan: Plan,
-    gradients: Sequence[torch.Tensor | None],
-    processes: Processes,
-    geometry: Geometry,
-    norms: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure the largest |cos| between projected gradients and a basis direction, and their norm.
-
-    `norms`: `[groups]`, the norms before the projection, times the clipping factor.
-
-    Returns:
-        the cosine, 0-dim, and the norm of all groups, 0-dim. If less than `RESIDUAL_FLOOR` of a group is left, its
-        cosine is measured against that floor.
-    """
-    products, left = _coefficients(plan, gradients, processes)
-    largest = geometry.coefficients(products).abs().amax(1)
-    cosines = ratio(largest, torch.maximum(left.sqrt(), RESIDUAL_FLOOR * norms))
-    return cosines.max(), left.sum().sqrt()

@@ -22,7 +22,7 @@ def fingerprint(tensor: torch.Tensor) -> str:
     """Describe a contiguous tensor: its dtype, its shape, and the sum of its bits as integers."""
     # In chunks: the sum makes a copy in int64 of what it sums.
     chunks = tensor.view(-1).view(_INTEGERS[tensor.dtype.itemsize]).split(_CHUNK)
-    bits = sum(chunk.sum(dtype=torch.int64) for chunk in chunks) if chunks[0].numel() > 0 else 0
+    bits = sum(chunk.sum(dtype=torch.int64) for chunk in chunks)
     return f"{tensor.dtype} {list(tensor.shape)} {int(bits)}"
 
 

@@ -115,7 +115,7 @@ class Subspace:
         if scope == "inputs":
             return InputSubspace.from_gradients(gradients, rank)
 
-        rows, kept_names = [], []
+        rows = {}
         for name in names:
             tensors = [gradient[name] for gradient in gradients]
             present = [tensor for tensor in tensors if tensor is not None]
@@ -126,16 +126,15 @@ class Subspace:
             for index, tensor in enumerate(tensors):
                 if tensor is not None:
                     row[index].view(tensor.shape).copy_(tensor)
-            rows.append(row)
-            kept_names.append(name)
+            rows[name] = row
         groups = assign_groups(len(rows), scope)
-        basis, geometry = orthonormalise_(rows, groups, rank)
+        basis, geometry = orthonormalise_(list(rows.values()), groups, rank)
         if max(geometry.ranks) > MAX_RANK:
             raise ValueError(
                 f"`gradients` span {max(geometry.ranks)} directions; allowed: at most {MAX_RANK}, or a `rank` of that"
             )
 
-        return cls(kept_names, basis, geometry, groups, most_directions=rank)
+        return cls(list(rows), basis, geometry, groups, most_directions=rank)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the bases as `basis.<name>` and the numbers of the geometry as `geometry.<field>`, contiguous."""
@@ -176,7 +175,7 @@ class Subspace:
     def find_covered(self) -> list[bool]:
         """Return for each tensor whether it has a direction, in any process; others are not projected."""
         touched = torch.stack([row.any() for row in self.basis]).tolist()
-        return [count > 0 for count in self.processes.totals([float(any_row) for any_row in touched])]
+        return [count > 0 for count in self.processes.totals(touched)]
 
     @torch.no_grad()
     def measure(self, changes: Iterable[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

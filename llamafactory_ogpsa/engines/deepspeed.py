@@ -32,8 +32,7 @@ class Zero12Engine(ZeroEngine):
                 start, skipped = int(offsets[rank][key]), int(starts[rank][key])
                 size = min(param.numel() - skipped, int(zero.partition_size[group]) - start)
                 places[id(param)] = Place(group, index, start, size, skipped)
-        optimized = {id(param) for group in zero.bit16_groups for param in group}
-        self._require(optimized)
+        self._require({id(param) for group in zero.bit16_groups for param in group})
         return [places.get(id(param)) for param in self.parameters]
 
     def _partitions(self) -> list[torch.Tensor]:

@@ -11,6 +11,11 @@ from torch.distributed.tensor import DTensor
 from .processes import Processes
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this process's shard of a DTensor; any other tensor is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Weight(NamedTuple):
     """The elements of a parameter that go with its (piece of a) gradient, as the optimizer updates them.
 
@@ -29,8 +34,7 @@ class Weight(NamedTuple):
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return these elements, `[size]`, of `optimized` or of a tensor of its shape in the optimizer's state."""
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        return local.detach().reshape(-1).narrow(0, self.start, self.size)
+        return local_part(tensor).detach().reshape(-1).narrow(0, self.start, self.size)
 
 
 class Engine(ABC):
@@ -129,12 +133,20 @@ class ParameterGradients(Engine):
 
     def __init__(self, model: torch.nn.Module, scaler: torch.amp.GradScaler | None) -> None:
         super().__init__(model)
+        self.sizes = [local_part(param).numel() for param in self.parameters]
         self.dtypes = [param.dtype for param in self.parameters]
         self._scaler = scaler
 
     @property
+    def device(self) -> torch.device:
+        return local_part(self.parameters[0]).device
+
+    @property
     def loss_scale(self) -> float:
         return 1.0 if self._scaler is None else self._scaler.get_scale()
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        return [None if param.grad is None else local_part(param.grad) for param in self.parameters]
 
     def clear(self) -> None:
         for param in self.parameters:
@@ -144,3 +156,10 @@ class ParameterGradients(Engine):
         for param in self.parameters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
+
+    def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
+        for index in indices:
+            change(index, local_part(self.parameters[index]).data)
+
+    def weights(self) -> list[Weight | None]:
+        return [Weight(param, 0, size) for param, size in zip(self.parameters, self.sizes, strict=True)]

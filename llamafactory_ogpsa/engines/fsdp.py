@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .engine import ParameterGradients, Weight
+from .engine import ParameterGradients
 from .processes import Processes
 
 
@@ -27,7 +27,6 @@ class FullyShardedEngine(ParameterGradients):
         """
         super().__init__(model, scaler)
         groups = [_shard_group(param) for param in self.parameters]
-        group = groups[0]
         # Not the groups themselves: `fully_shard` may make a new one for every module, of the same processes.
         processes = [None if own is None else dist.get_process_group_ranks(own) for own in groups]
         for name, own in zip(self.names, processes, strict=True):
@@ -36,17 +35,9 @@ class FullyShardedEngine(ParameterGradients):
                     f"OGPSA cannot train {name} under FSDP: it is not sharded over one mesh dimension as the other "
                     "trainable parameters are; allowed: `fully_shard` (FSDP2) on every trainable parameter."
                 )
-        self.sizes = [param.to_local().numel() for param in self.parameters]
         self.offsets = [_offset(param) for param in self.parameters]
         self._model = model
-        self.processes = Processes(dist.get_rank(), dist.get_world_size(), device, group)
-
-    @property
-    def device(self) -> torch.device:
-        return self.parameters[0].to_local().device
-
-    def gradients(self) -> list[torch.Tensor | None]:
-        return [None if param.grad is None else param.grad.to_local() for param in self.parameters]
+        self.processes = Processes(dist.get_rank(), dist.get_world_size(), device, groups[0])
 
     def backward(self, loss: torch.Tensor, scale: float, last: bool) -> None:
         (loss * (scale * self.processes.size)).backward()
@@ -56,11 +47,7 @@ class FullyShardedEngine(ParameterGradients):
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        for index in indices:
-            change(index, self.parameters[index].to_local().data)
-
-    def weights(self) -> list[Weight | None]:
-        return [Weight(param, 0, size) for param, size in zip(self.parameters, self.sizes, strict=True)]
+        super().edit(indices, change)
 
 
 def _shard_group(param: torch.nn.Parameter) -> dist.ProcessGroup | None:

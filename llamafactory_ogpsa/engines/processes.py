@@ -1,7 +1,8 @@
 """The processes of a run, and how they communicate."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,16 +31,11 @@ class Processes:
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """Return the sums of a few numbers over all processes."""
-        if self.size == 1:
-            return list(numbers)
-
-        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        return self.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum of a tensor over all processes, the same bits in each."""
-        return tensor if self.size == 1 else self._sum(tensor, None)
+        return tensor if self.size == 1 else self._communicate(dist.all_reduce, tensor)
 
     def union(self, items: Iterable[Hashable]) -> list:
         """Return the sortable items that any process has, each once, in the same order in every process."""
@@ -50,12 +46,7 @@ class Processes:
 
     def sum_pieces(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sum a small tensor over the pieces of the gradients: one collective, the same bits in each process."""
-        return self._sum(numbers, self.shard_group) if self.sharded else numbers
-
-    def _sum(self, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-        total = tensor.to(self.device, copy=True)
-        dist.all_reduce(total, group=group)
-        return total.to(tensor.device)
+        return self._communicate(dist.all_reduce, numbers, group=self.shard_group) if self.sharded else numbers
 
     def agree(self, numbers: torch.Tensor) -> torch.Tensor:
         """Return the first process's version of a small tensor in all processes.
@@ -63,12 +54,13 @@ class Processes:
         Eigenvectors are at best unique up to their sign, so processes on different machines may choose differently,
         and replicas that project by different numbers drift apart.
         """
-        if self.size == 1:
-            return numbers
+        return numbers if self.size == 1 else self._communicate(dist.broadcast, numbers, src=0)
 
-        shared = numbers.to(self.device, copy=True)
-        dist.broadcast(shared, src=0)
-        return shared.to(numbers.device)
+    def _communicate(self, collective: Callable, tensor: torch.Tensor, **options: Any) -> torch.Tensor:
+        """Return what a collective makes of a tensor, which itself stays as it is."""
+        result = tensor.to(self.device, copy=True)
+        collective(result, **options)
+        return result.to(tensor.device)
 
 
 ALONE = Processes()

@@ -81,9 +81,7 @@ class ZeroEngine(Engine):
         self._engine = engine
         self._zero = engine.optimizer
         # Whether the complete gradients are in host memory; ZeRO-3 has the second name.
-        self._offload = bool(
-            getattr(self._zero, "cpu_offload", False) or getattr(self._zero, "offload_optimizer", False)
-        )
+        self._offload = any(getattr(self._zero, name, False) for name in ("cpu_offload", "offload_optimizer"))
         self._check()
         super().__init__(model)
         self._compute_device = torch.device(engine.device)
@@ -171,14 +169,10 @@ class ZeroEngine(Engine):
         """Return the gradients on the device, by group, in the order of `Place.index`; no group without gradients."""
 
     def gradients(self) -> list[torch.Tensor | None]:
-        self._wait()
         if self._offload:
             # The buffers also hold gradients of earlier steps; DeepSpeed has norms only for those of this step.
-            reached = self._zero.norm_for_param_grads
-            return [
-                piece if self._zero.get_param_id(param) in reached else None
-                for param, piece in zip(self.parameters, self._offloaded(), strict=True)
-            ]
+            norms = self._zero.norm_for_param_grads
+            return [piece if key in norms else None for key, piece in self._offloaded()]
 
         pieces = self._pieces()
         return [
@@ -186,10 +180,16 @@ class ZeroEngine(Engine):
             for at in self._places
         ]
 
-    def _offloaded(self) -> list[torch.Tensor | None]:
-        """Return this process's pieces of the gradients in host memory, also those of earlier steps."""
+    def _offloaded(self) -> Iterator[tuple[int, torch.Tensor | None]]:
+        """Yield DeepSpeed's key of each parameter and this process's piece of its gradient in host memory.
+
+        The piece may be of an earlier step; it is None if this process has none.
+        """
+        self._wait()
         buffers = self._buffers()
-        return [None if at is None else buffers[at.group].narrow(0, at.start, at.size) for at in self._places]
+        for param, at in zip(self.parameters, self._places, strict=True):
+            piece = None if at is None else buffers[at.group].narrow(0, at.start, at.size)
+            yield self._zero.get_param_id(param), piece
 
     def edit(self, indices: Sequence[int], change: Callable[[int, torch.Tensor], None]) -> None:
         weights = self.weights()
@@ -222,8 +222,7 @@ class ZeroEngine(Engine):
         # On the device the partitions hold a gradient for every parameter.
         if self._offload:
             norms = self._zero.norm_for_param_grads
-            for param, piece in zip(self.parameters, self._offloaded(), strict=True):
-                key = self._zero.get_param_id(param)
+            for key, piece in self._offloaded():
                 if key not in norms and piece is not None:
                     piece.zero_()
                     norms[key] = torch.zeros((), dtype=torch.float64)
@@ -232,7 +231,6 @@ class ZeroEngine(Engine):
         # With offload the norms were taken when the gradients were copied, before the projection.
         if self._offload:
             norms = self._zero.norm_for_param_grads
-            for param, gradient in zip(self.parameters, self.gradients(), strict=True):
-                key = self._zero.get_param_id(param)
-                if key in norms and gradient is not None:
-                    norms[key] = squared_norm(gradient).sqrt()
+            for key, piece in self._offloaded():
+                if key in norms and piece is not None:
+                    norms[key] = squared_norm(piece).sqrt()

@@ -10,7 +10,8 @@ Beside the Trainer's own files in a checkpoint's folder:
 import glob
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
 
@@ -65,12 +66,18 @@ def damaged(path: str, problem: object) -> ValueError:
     )
 
 
-def fail_together(engine: Engine, error: Exception | None) -> None:
-    """Raise in every process if any has caught an error, so that none waits for one that has stopped.
+@contextmanager
+def failing_together(engine: Engine, kind: type[Exception]) -> Iterator[None]:
+    """At its end, raise in every process if the block failed in any, so that none waits for one that has stopped.
 
     Raises:
-        Exception: this process's error, or a RuntimeError about another's.
+        Exception: this process's error, of that kind, or a RuntimeError about another's.
     """
+    error = None
+    try:
+        yield
+    except kind as err:
+        error = err
     (failed,) = engine.processes.totals([float(error is not None)])
     if error is not None:
         raise error
@@ -101,17 +108,13 @@ def save_state(folder: str, state: RunState, subspace: Subspace | None, engine: 
     pieces, piece = _pieces(engine, subspace is not None and subspace.sharded)
     if writes:
         remove_state(folder)
-    if subspace is not None and pieces > 1:
-        engine.processes.totals([1.0])  # an old state must be gone before the first piece of the new one is there
-    error = None
-    if subspace is not None and (writes or pieces > 1):
-        try:
-            os.makedirs(folder, exist_ok=True)
-            save_tensors(_basis_path(folder, pieces, piece), subspace.tensors(), {"step": str(state.step)})
-        except OSError as err:
-            error = err
     if subspace is not None:
-        fail_together(engine, error)
+        if pieces > 1:
+            engine.processes.totals([1.0])  # an old state must be gone before the first piece of the new one is there
+        with failing_together(engine, OSError):
+            if writes or pieces > 1:
+                os.makedirs(folder, exist_ok=True)
+                save_tensors(_basis_path(folder, pieces, piece), subspace.tensors(), {"step": str(state.step)})
     if writes:
         state = replace(state, pieces=0 if subspace is None else pieces)
         path = os.path.join(folder, STATE_NAME)

@@ -1,6 +1,7 @@
 """Which weights a run protects: those in tensors that have a direction in the subspace."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,10 +61,9 @@ def measure_uncovered(coverage: Coverage, engine: Engine) -> torch.Tensor | None
     if not coverage.uncovered:
         return None
 
-    gradients = engine.gradients()
     outside = set(coverage.uncovered)
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
-    for index, gradient in enumerate(gradients):
+    for index, gradient in enumerate(engine.gradients()):
         if gradient is not None and gradient.numel() > 0:
             sums[0 if index in outside else 1] += squared_norm(gradient)
     sums = engine.processes.sum_pieces(sums)
@@ -72,8 +72,5 @@ def measure_uncovered(coverage: Coverage, engine: Engine) -> torch.Tensor | None
 
 def name_kinds(names: Sequence[str]) -> str:
     """Describe parameters by their kind, with how many there are of each: `21 lora_A, 2 norms`."""
-    counts: dict[str, int] = {}
-    for name in names:
-        kind = next((kind for pattern, kind in _KINDS if re.search(pattern, name)), "other weights")
-        counts[kind] = counts.get(kind, 0) + 1
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    kinds = (next((kind for pattern, kind in _KINDS if re.search(pattern, name)), "other weights") for name in names)
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())

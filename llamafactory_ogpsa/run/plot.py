@@ -24,12 +24,8 @@ def draw_removed(axes: Any, rows: list[dict[str, Any]]) -> None:
 def draw_update(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw what the weight changes of the logged steps do to the reference losses, to first order."""
     steps = [row for row in rows if row.get("update_loss_change")]
-    for name in steps[-1]["update_loss_change"]:
-        changes = [row["update_loss_change"].get(name, math.nan) for row in steps]
-        axes.plot([row["step"] for row in steps], changes, marker=".", label=name)
+    _draw_sets(axes, steps, "update_loss_change", "OGPSA: reference loss change of a step")
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel="step", ylabel="OGPSA: reference loss change of a step")
-    axes.legend()
 
 
 def draw_update_share(axes: Any, rows: list[dict[str, Any]]) -> None:
@@ -41,13 +37,18 @@ def draw_update_share(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def draw_reference_losses(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Draw the loss on each general set at the refreshes; a resumed run may have other sets than the one before it."""
+    """Draw the loss on each general set at the refreshes."""
     refreshes = [row for row in rows if row.get("refresh")]
-    for name in refreshes[-1]["reference_loss"] if refreshes else []:
-        losses = [row["reference_loss"].get(name, math.nan) for row in refreshes]
-        axes.plot([row["step"] for row in refreshes], losses, marker=".", label=name)
-    axes.set(xlabel="step", ylabel="OGPSA: reference loss")
-    if refreshes:
+    _draw_sets(axes, refreshes, "reference_loss", "OGPSA: reference loss")
+
+
+def _draw_sets(axes: Any, rows: list[dict[str, Any]], key: str, label: str) -> None:
+    """Draw a line for each general set of the last row; a resumed run may have other sets than the one before it."""
+    for name in rows[-1][key] if rows else ():
+        values = [row[key].get(name, math.nan) for row in rows]
+        axes.plot([row["step"] for row in rows], values, marker=".", label=name)
+    axes.set(xlabel="step", ylabel=label)
+    if rows:
         axes.legend()
 
 

@@ -15,7 +15,7 @@ from ..options import Settings
 from ..projection import ProjectionStats
 from ..reference import ReferencePasses, ReferenceSet, take_in_turn
 from ..subspace import Subspace
-from .checkpoint import RunState, fail_together, load_state, remove_state, save_state
+from .checkpoint import RunState, failing_together, load_state, remove_state, save_state
 from .coverage import Coverage, find_coverage, measure_uncovered
 from .host import Host
 from .log import LOG_NAME, PLOT_NAME, StepLog, append_row, begin_log, introduce
@@ -29,6 +29,9 @@ from .update import make_change_reader, update_figures
 # LLaMA-Factory's own logger shows everything below its name, in the terminal and in the web UI.
 logger = logging.getLogger("llamafactory.ogpsa")
 
+# What a checkpoint keeps of `Schedule`.
+_SCHEDULED = ("refreshed_at", "moved", "searching", "covered")
+
 
 class OgpsaRun:
     """Refreshes the subspace of a run, projects its gradients, and logs the figures.
@@ -39,6 +42,7 @@ class OgpsaRun:
     Attributes:
         subspace: the current basis; None before the first refresh and when training has ended.
         schedule: when it is computed anew.
+        log_path: where the figures of the run are written.
     """
 
     def __init__(self, settings: Settings, sets: Sequence[ReferenceSet]) -> None:
@@ -59,6 +63,7 @@ class OgpsaRun:
             ValueError: the checkpoint's state is damaged or belongs to another run.
         """
         self.host, self.engine = host, host.engine
+        self.log_path = os.path.join(host.output_dir, LOG_NAME)
         self.subspace: Subspace | InputSubspace | None = None
         self.coverage: Coverage | None = None
         self.reference_losses: dict[str, float] = {}
@@ -67,14 +72,14 @@ class OgpsaRun:
         self._uncovered: torch.Tensor | None = None
         self._read_changes: Any = None
         self._update: dict[str, Any] = {}
-        self._non_finite: torch.Tensor | None = None
+        self._non_finite: int | torch.Tensor = 0
         self._step_log = StepLog(self.settings, self.names, logger if host.main else None)
         if self.settings.scope == "inputs":
             self._maker = InputBasis(self.settings, self.engine, host.model)
         else:
             self._maker = GradientBasis(self.settings, len(self.sets), self.engine)
-        searching = self.settings.scope != "inputs"  # inputs are there from the start, some gradients are not
-        self.schedule = Schedule(self.settings.update_interval, searching=searching)
+        # Inputs are there from the start, some gradients are not.
+        self.schedule = Schedule(self.settings.update_interval, searching=self.settings.scope != "inputs")
         from_zero = self._starts_at_zero()
         if host.main:
             introduce(logger, self.settings, self.sets, host, self._maker, from_zero)
@@ -84,30 +89,23 @@ class OgpsaRun:
             os.makedirs(host.output_dir, exist_ok=True)
             begin_log(self.log_path, step, checkpoint)
 
-    @property
-    def log_path(self) -> str:
-        """Where the figures of the run are written."""
-        return os.path.join(self.host.output_dir, LOG_NAME)
-
     def before_step(self, step: int, batch_size: int) -> None:
-        """Refresh the basis if it is due; see `Schedule`.
+        """Make a new basis at the current weights, if it is due; see `Schedule`.
+
+        Leaves random state, dropout, gradients, optimizer, scheduler and data order as they were.
 
         Args:
             step: the optimizer steps taken.
             batch_size: samples per reference batch, unless `ogpsa_batch_size` says otherwise.
-        """
-        if self.schedule.is_due(step):
-            self._refresh(step, batch_size)
-
-    def _refresh(self, step: int, batch_size: int) -> None:
-        """Make a new basis at the current weights.
-
-        Leaves random state, dropout, gradients, optimizer, scheduler and data order as they were.
 
         Raises:
             FloatingPointError: a reference set gives no finite gradient; names the set.
-            RuntimeError: scope `inputs` sees no input of a trained matrix; or reference passes are not free of noise; names the module.
+            RuntimeError: scope `inputs` sees no input of a trained matrix; or reference passes are not free of noise;
+                names the module.
         """
+        if not self.schedule.is_due(step):
+            return
+
         start = time.perf_counter()
         if self.host.main:
             logger.info(f"OGPSA refresh at step {step}.")
@@ -130,19 +128,17 @@ class OgpsaRun:
         self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
         self.schedule.refreshed(step, self.coverage.tensors, self.coverage.total)
         if self.host.main:
-            append_row(
-                self.log_path,
-                {
-                    "step": step,
-                    "refresh": True,
-                    "reference_loss": self.reference_losses,
-                    "rank": self.subspace.rank,
-                    "covered_tensors": self.coverage.tensors,
-                    "trainable_tensors": self.coverage.total,
-                    "covered_elements": self.coverage.elements,
-                    "seconds": round(time.perf_counter() - start, 4),
-                },
-            )
+            row = {
+                "step": step,
+                "refresh": True,
+                "reference_loss": self.reference_losses,
+                "rank": self.subspace.rank,
+                "covered_tensors": self.coverage.tensors,
+                "trainable_tensors": self.coverage.total,
+                "covered_elements": self.coverage.elements,
+                "seconds": round(time.perf_counter() - start, 4),
+            }
+            append_row(self.log_path, row)
 
     def _check_noise(self) -> None:
         """Check, once per run, that a reference pass is free of noise."""
@@ -176,8 +172,7 @@ class OgpsaRun:
         stats = projection(engine.gradients(), max_norm, measure=measure)
         if method != "monitor":
             engine.projected()
-        failed = (~stats.finite_tensor).long()
-        self._non_finite = failed if self._non_finite is None else self._non_finite + failed
+        self._non_finite = self._non_finite + (~stats.finite_tensor).long()
         self._stats = stats
         if measure:
             self._read_changes = make_change_reader(engine, optimizer)
@@ -201,10 +196,10 @@ class OgpsaRun:
         if self._stats is None:
             return {}
 
-        non_finite = int(self._non_finite.item())
         uncovered = [self.engine.names[index] for index in self.coverage.uncovered]
+        non_finite = int(self._non_finite)
         row = self._step_log.make_row(step, self._stats, self._uncovered, uncovered, self._update, non_finite)
-        self._stats, self._non_finite, self._update = None, None, {}
+        self._stats, self._non_finite, self._update = None, 0, {}
         if self.host.main:
             append_row(self.log_path, row)
         return self._step_log.tracked(row, self.reference_losses)
@@ -232,11 +227,8 @@ class OgpsaRun:
 
         state = RunState(
             step=step,
-            refreshed_at=self.schedule.refreshed_at,
-            moved=self.schedule.moved,
-            searching=self.schedule.searching,
-            covered=self.schedule.covered,
-            non_finite_steps=0 if self._non_finite is None else int(self._non_finite.item()),
+            **{name: getattr(self.schedule, name) for name in _SCHEDULED},
+            non_finite_steps=int(self._non_finite),
             idle_steps=self._step_log.idle_steps,
             uncovered_steps=self._step_log.uncovered_steps,
             reference_losses=self.reference_losses,
@@ -249,24 +241,19 @@ class OgpsaRun:
         """Restore the state of a checkpoint; without a basis in it, schedule a refresh and log a warning."""
         stored, reason = None, "`ogpsa_save_state` is false"
         if self.settings.save_state:
-            error = None
-            try:
-                stored = load_state(
-                    checkpoint, step, self._made_by(), self.engine, self._maker.sharded, self._maker.restore
-                )
-            except ValueError as err:
-                error = err
-            fail_together(self.engine, error)
+            maker = self._maker
+            with failing_together(self.engine, ValueError):
+                stored = load_state(checkpoint, step, self._made_by(), self.engine, maker.sharded, maker.restore)
             reason = f"{checkpoint} holds no basis"
 
         if stored is not None:
             state, self.subspace = stored
-            for name in ("refreshed_at", "moved", "searching", "covered"):
+            for name in _SCHEDULED:
                 setattr(self.schedule, name, getattr(state, name))
             self._maker.unreached = frozenset(state.unreached)
             self.reference_losses = state.reference_losses
             self._step_log.idle_steps, self._step_log.uncovered_steps = state.idle_steps, state.uncovered_steps
-            self._non_finite = torch.tensor(state.non_finite_steps, device=self.engine.device)
+            self._non_finite = state.non_finite_steps
             if self.subspace is not None:
                 self.coverage = find_coverage(self.subspace.find_covered(), self.engine)
                 if self.host.main:

@@ -69,8 +69,7 @@ def make_change_reader(engine: Engine, optimizer: torch.optim.Optimizer) -> Call
         for index, weight in weights.items()
         if weight.group is not None or weight.optimized.grad is not None
     }
-    groups = {index: _group_of(weight, optimizer) for index, weight in weights.items()}
-    settings = {index: dict(optimizer.param_groups[group]) for index, group in groups.items()}
+    settings = {index: dict(_group_of(weight, optimizer)) for index, weight in weights.items()}
     return lambda: _adam_changes(weights, settings, optimizer.state, bool(decoupled))
 
 
@@ -79,15 +78,12 @@ def _differences(weights: dict[int, Weight], before: dict[int, torch.Tensor]) ->
         yield index, weight.part_of(weight.optimized).float() - before[index].float()
 
 
-def _group_of(weight: Weight, optimizer: torch.optim.Optimizer) -> int:
-    """Return the index of the optimizer's parameter group that steps a weight."""
+def _group_of(weight: Weight, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the optimizer's parameter group that steps a weight."""
+    groups = optimizer.param_groups
     if weight.group is not None:
-        return weight.group
-    return next(
-        index
-        for index, group in enumerate(optimizer.param_groups)
-        if any(param is weight.optimized for param in group["params"])
-    )
+        return groups[weight.group]
+    return next(group for group in groups if any(param is weight.optimized for param in group["params"]))
 
 
 def _adam_changes(
