@@ -13,16 +13,15 @@ import sys
 import threading
 
 
+# The training stages of LLaMA-Factory that OGPSA has.
+STAGES = ("pt", "sft", "rm", "dpo", "kto")
+
 _PLUGIN = "llamafactory_ogpsa.plugin"
 
 # Only leaf modules: under torchrun, `llamafactory.train.tuner` is already being executed when torch is first imported.
 SEAMS = {
     "llamafactory.hparams.parser": f"{_PLUGIN}.parser",
-    "llamafactory.train.pt.workflow": f"{_PLUGIN}.workflow",
-    "llamafactory.train.sft.workflow": f"{_PLUGIN}.workflow",
-    "llamafactory.train.rm.workflow": f"{_PLUGIN}.workflow",
-    "llamafactory.train.dpo.workflow": f"{_PLUGIN}.workflow",
-    "llamafactory.train.kto.workflow": f"{_PLUGIN}.workflow",
+    **{f"llamafactory.train.{stage}.workflow": f"{_PLUGIN}.workflow" for stage in STAGES},
     "llamafactory.webui.interface": f"{_PLUGIN}.board",
     "llamafactory.v1.config.arg_parser": f"{_PLUGIN}.v1",
     "llamafactory.v1.trainers.sft_trainer": f"{_PLUGIN}.v1_trainer",
@@ -52,20 +51,15 @@ class SeamFinder(importlib.abc.MetaPathFinder):
         if name not in SEAMS or getattr(self._active, "name", None) == name:
             return None
 
-        # Another plugin's finder may also ask all finders, this one included; then both would recurse.
+        # All finders are asked, this one included, and another plugin's may do the same: else both would recurse.
         self._active.name = name
         try:
-            for finder in sys.meta_path:
-                find_spec = getattr(finder, "find_spec", None)
-                spec = find_spec(name, path, target) if find_spec is not None and finder is not self else None
-                if spec is not None:
-                    break
-            else:
-                return None
+            finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+            spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
         finally:
             self._active.name = None
 
-        execute = getattr(spec.loader, "exec_module", None)
+        execute = getattr(getattr(spec, "loader", None), "exec_module", None)
         if execute is not None:
 
             def exec_module(module):
@@ -84,14 +78,9 @@ class ExecutingSpec(importlib.machinery.ModuleSpec):
     Before that, only modules that it imports itself can have taken a name from it.
     """
 
-    @property
-    def _initializing(self) -> bool:
-        return vars(self)["_initializing"]
-
-    @_initializing.setter
-    def _initializing(self, value: bool) -> None:
-        vars(self)["_initializing"] = value
-        if not value:
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
             self.__class__ = importlib.machinery.ModuleSpec
             module = sys.modules.get(self.name)  # None if its execution failed
             if getattr(module, "__spec__", None) is self:

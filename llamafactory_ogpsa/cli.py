@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from .doctor import examine
 from .recipes.compare import draw, make_table, read_rows
 from .recipes.errors import RecipeError
 from .recipes.evaluate import TASKS, evaluate
@@ -15,18 +17,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; return the exit status."""
     parser = make_parser()
     arguments, unknown = parser.parse_known_args(argv)
-    if unknown and "extra" not in arguments:
+    options = vars(arguments)
+    run = options.pop("run")
+    if "extra" in options:
+        options["extra"] = unknown
+    elif unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    arguments.extra = unknown
     try:
-        return arguments.run(arguments)
+        return run(**options)
     except RecipeError as err:
         print(f"llamafactory-ogpsa: {err}", file=sys.stderr)
         return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
+    """Make the parser of the command line; `run` of what it returns takes the command's options by name."""
     parser = argparse.ArgumentParser(
         prog="llamafactory-ogpsa",
         description="Data and checks for OGPSA training; the training itself is `llamafactory-cli train`. "
@@ -45,13 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
         description="Print versions, seams and devices, and for each problem a fix to try. "
         "Exit status: 0 if OGPSA can train, 1 otherwise.",
     )
-    doctor.set_defaults(run=run_doctor)
+    doctor.set_defaults(run=examine)
     return parser
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
     """Add the recipes and their options to the parser of `prepare`."""
-    recipes = parser.add_subparsers(dest="recipe", required=True, metavar="RECIPE")
+    recipes = parser.add_subparsers(dest="name", required=True, metavar="RECIPE")
     for name, recipe in RECIPES.items():
         options = recipes.add_parser(
             name,
@@ -106,7 +111,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE:FUNCTION",
         help="function of a prompt and its answer that returns whether it is a refusal, instead of the rule",
     )
-    parser.set_defaults(run=run_evaluate, extra=[])
+    parser.set_defaults(run=evaluate, extra=[])
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
@@ -127,36 +132,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run_prepare(arguments: argparse.Namespace) -> int:
+def run_prepare(**options: Any) -> int:
     """Carry out a recipe and print its report."""
-    refusals = getattr(arguments, "refusals", None)  # an option of one recipe
-    source, output, seed = arguments.source, arguments.output, arguments.seed
-    print(prepare(arguments.recipe, source, output, seed, arguments.num_samples, refusals))
+    print(prepare(**options))
     return 0
 
 
-def run_evaluate(arguments: argparse.Namespace) -> int:
-    """Run lm-evaluation-harness."""
-    sources = {name: getattr(arguments, name) for name in ("judge", "xstest", "strongreject")}
-    model, adapter, output = arguments.model, arguments.adapter, arguments.output
-    return evaluate(arguments.kind, model, adapter, output, arguments.tasks, sources, arguments.extra)
-
-
-def run_compare(arguments: argparse.Namespace) -> int:
+def run_compare(results: Sequence[str], picture: str | None) -> int:
     """Print the table, and draw the picture if one is wanted."""
-    rows = read_rows(arguments.results)
+    rows = read_rows(results)
     print(make_table(rows))
-    if arguments.picture:
-        draw(rows, Path(arguments.picture))
-        print(f"picture in {arguments.picture}", file=sys.stderr)
+    if picture:
+        draw(rows, Path(picture))
+        print(f"picture in {picture}", file=sys.stderr)
     return 0
-
-
-def run_doctor(arguments: argparse.Namespace) -> int:
-    """Print the findings."""
-    from .doctor import examine
-
-    return examine()
 
 
 if __name__ == "__main__":

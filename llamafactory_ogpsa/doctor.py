@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
-from types import ModuleType
 
 from . import TESTED_WITH
 from .autoload import SEAMS, is_hooked, register
@@ -28,6 +27,15 @@ REQUIRED = ("torch", "transformers", "llamafactory", "accelerate", "peft")
 TORCH, PYPI_BUILD = "torch>=2.6,<2.15", "cu130"  # what PyPI's newest torch of these, and its torchaudio, are built for
 CLONE = "in a clone of this project"  # because it is in no package index
 OPTIONAL = {"deepspeed": "for YAMLs with `deepspeed:`", "triton": "for the kernels on a GPU"}
+
+
+# The functions that OGPSA replaces by wrappers, outside the workflows.
+REPLACED = {
+    "llamafactory.hparams.parser": "get_train_args",
+    "llamafactory.webui.interface": "create_ui",
+    "llamafactory.v1.config.arg_parser": "get_args",
+    "llamafactory.v1.trainers.sft_trainer": "run_sft",
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,9 @@ class Finding:
 def examine() -> int:
     """Print the findings of every check; return 0 if OGPSA can train, 1 otherwise."""
     failures = 0
-    for check in CHECKS:
-        for finding in check():
+    for check, module in CHECKS.items():
+        # What keeps the module from being imported is told by another check.
+        for finding in check() if module is None or not import_error(module) else ():
             failures += finding.state == FAIL
             print(finding, flush=True)
     print("OGPSA can train here." if failures == 0 else f"OGPSA cannot train here: fix what is marked {FAIL}.")
@@ -121,9 +130,6 @@ def check_hook() -> Iterator[Finding]:
 
 def check_backends() -> Iterator[Finding]:
     """Does an environment variable choose a backend or a trainer that has no OGPSA?"""
-    if import_error("llamafactory_ogpsa.plugin.backends"):
-        return
-
     from .plugin.backends import BACKENDS, is_set
 
     for variable, backend in BACKENDS.items():
@@ -171,13 +177,13 @@ def seam_error(name: str) -> str | None:
         return f"cannot be imported ({error})"
 
     # The hook prints the reason if it cannot patch a module.
-    reasons = [line.partition(f"OGPSA is not available, {name}: ")[2] for line in printed.getvalue().splitlines()]
-    if any(reasons):
-        return f"not patched ({''.join(reasons)})"
+    reason = re.search(f"OGPSA is not available, {name}: (.*)", printed.getvalue())
+    if reason:
+        return f"not patched ({reason[1]})"
 
-    module = sys.modules[name]
-    if not name.endswith(".workflow"):
-        return None if is_wrapped(module) else "not patched: it had been imported before the hook was installed"
+    if name in REPLACED:
+        wrapped = hasattr(getattr(sys.modules[name], REPLACED[name]), "__wrapped__")
+        return None if wrapped else "not patched: it had been imported before the hook was installed"
 
     from .plugin.workflow import check_seam
 
@@ -188,22 +194,8 @@ def seam_error(name: str) -> str | None:
     return None
 
 
-def is_wrapped(module: ModuleType) -> bool:
-    """Return whether the function that OGPSA replaces in a parser or the web UI is a wrapper of the stock one."""
-    replaced = {
-        "parser": "get_train_args",
-        "interface": "create_ui",
-        "arg_parser": "get_args",
-        "sft_trainer": "run_sft",
-    }
-    return hasattr(getattr(module, replaced[module.__name__.rpartition(".")[2]]), "__wrapped__")
-
-
 def check_devices() -> Iterator[Finding]:
     """What can be trained on?"""
-    if import_error("torch"):
-        return
-
     import torch
 
     for index in range(torch.cuda.device_count()):
@@ -216,9 +208,6 @@ def check_devices() -> Iterator[Finding]:
 
 def check_triton() -> Iterator[Finding]:
     """Which kernels will project the gradients?"""
-    if import_error("torch"):
-        return
-
     import torch
 
     from .kernels import triton_obstacle
@@ -260,14 +249,15 @@ def import_error(name: str) -> str | None:
     return None
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
-    check_versions,
-    check_entry_point,
-    check_torch,
-    check_hook,
-    check_backends,
-    check_seams,
-    check_devices,
-    check_triton,
-    check_deepspeed,
-)
+# In the order of the report, with the module that a check needs.
+CHECKS: dict[Callable[[], Iterator[Finding]], str | None] = {
+    check_versions: None,
+    check_entry_point: None,
+    check_torch: None,
+    check_hook: None,
+    check_backends: "llamafactory_ogpsa.plugin.backends",
+    check_seams: None,
+    check_devices: "torch",
+    check_triton: "torch",
+    check_deepspeed: None,
+}

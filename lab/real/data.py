@@ -47,7 +47,7 @@ def read_samples(recipe, source):
     """
     recipe, drops = RECIPES[recipe], Counter()
     rows = load(str(source), recipe.config, recipe.splits)
-    columns = find_schema(rows, str(source), *recipe.schemas)
+    columns = find_schema(rows.column_names, str(source), *recipe.schemas)
     return recipe.schemas[columns](iterate(rows, drops), drops)
 
 
@@ -92,7 +92,7 @@ def read_hh(source):
 def read_xstest(source, label):
     """Read XSTest's prompts labelled `safe` or `unsafe`, with types in turn: the first ones are of all types."""
     rows = load(str(source), None, ("test", "train"))
-    find_schema(rows, str(source), ("prompt", "label", "type"))
+    find_schema(rows.column_names, str(source), ("prompt", "label", "type"))
     by_type = {}
     for row in rows:
         if row["label"] == label:

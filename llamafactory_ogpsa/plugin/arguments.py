@@ -4,14 +4,15 @@ Every refusal is a ValueError that names the option, its value and what is allow
 """
 
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..autoload import STAGES
 from ..options import OPTIONS, PREFIX, Option, resolve
 from .optimizers import refuse_switches
 
 
-STAGES = ("pt", "sft", "rm", "dpo", "kto")
 FINETUNING_TYPES = ("full", "lora", "freeze", "oft")
 
 
@@ -27,35 +28,24 @@ def _argument(option: Option) -> tuple[Any, Any]:
 OgpsaArguments = make_dataclass("OgpsaArguments", [(name, *_argument(option)) for name, option in OPTIONS.items()])
 
 
-def refuse_arguments(arguments: Any) -> None:
-    """Refuse by name what the finetuning arguments ask for and OGPSA does not support.
-
-    Raises:
-        ValueError: names the option, its value, and what is allowed.
-    """
-    if arguments.stage == "ppo":
-        raise ValueError(f"`stage` is 'ppo', which OGPSA does not support; allowed: {', '.join(STAGES)}.")
-
-    refuse_switches(arguments)
-
-
-def split_prefix(value: Any) -> tuple[Any, bool]:
-    """Split `ogpsa_sft` into (`sft`, True); any other value comes back as it is, with False."""
-    if isinstance(value, str) and value.startswith(PREFIX):
-        return value[len(PREFIX) :], True
-    return value, False
-
-
 def looks_like_ours(value: Any) -> bool:
     """Return whether a stage or finetuning type is meant to ask for OGPSA, misspelt or not: `ogpsa`, `ogpsa_stf`."""
     return str(value).startswith(PREFIX.removesuffix("_"))
 
 
-def refuse_spelling(name: str, value: Any, allowed: Iterable[str]) -> None:
-    """Refuse a stage or finetuning type that looks like one of OGPSA's and is not."""
+def split_prefix(name: str, value: Any, allowed: Iterable[str]) -> tuple[Any, bool]:
+    """Split a stage or finetuning type, `ogpsa_sft` into (`sft`, True); a stock value comes back with False.
+
+    Raises:
+        ValueError: the value looks like one of OGPSA's and is not.
+    """
+    if not looks_like_ours(value):
+        return value, False
+
     spellings = [PREFIX + item for item in allowed]
-    if looks_like_ours(value) and value not in spellings:
+    if value not in spellings:
         raise ValueError(f"`{name}` is {value!r}; allowed with OGPSA: {', '.join(spellings)}.")
+    return value.removeprefix(PREFIX), True
 
 
 def extend(stock: type) -> type:
@@ -74,27 +64,25 @@ def extend(stock: type) -> type:
         raise TypeError(f"{stock.__name__} has stages {stages} and finetuning types {types}")
 
     supported_types = tuple(kind for kind in types if kind in FINETUNING_TYPES)
-    stock_fields = {item.name: item for item in fields(stock)}
+    stock_fields = {item.name: copy(item) for item in fields(stock)}  # `dataclass` will write new types into them
 
     @dataclass
     class FinetuningArguments(OgpsaArguments, stock):
-        stage: Literal[stages + tuple(PREFIX + stage for stage in STAGES)] = field(
-            default=stock_fields["stage"].default, metadata=stock_fields["stage"].metadata
-        )
-        finetuning_type: Literal[types + tuple(PREFIX + kind for kind in supported_types)] = field(
-            default=stock_fields["finetuning_type"].default, metadata=stock_fields["finetuning_type"].metadata
-        )
+        stage: Literal[stages + tuple(PREFIX + stage for stage in STAGES)] = stock_fields["stage"]
+        finetuning_type: Literal[types + tuple(PREFIX + kind for kind in supported_types)] = stock_fields[
+            "finetuning_type"
+        ]
 
         def __post_init__(self):
             given_stage, given_type = self.stage, self.finetuning_type
-            self.stage, by_stage = split_prefix(self.stage)
-            self.finetuning_type, by_type = split_prefix(self.finetuning_type)
+            self.stage, by_stage = split_prefix("stage", given_stage, STAGES)
+            self.finetuning_type, by_type = split_prefix("finetuning_type", given_type, supported_types)
             self.ogpsa_enabled = by_stage or by_type
-            refuse_spelling("stage", given_stage, STAGES)
-            refuse_spelling("finetuning_type", given_type, supported_types)
 
             if self.ogpsa_enabled:
-                refuse_arguments(self)
+                if self.stage == "ppo":
+                    raise ValueError(f"`stage` is 'ppo', which OGPSA does not support; allowed: {', '.join(STAGES)}.")
+                refuse_switches(self)
                 resolve(self)
             else:
                 given = [name for name in OPTIONS if getattr(self, name) is not None]

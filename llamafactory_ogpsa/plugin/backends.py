@@ -53,6 +53,13 @@ def ogpsa_options(arguments: dict[str, Any] | list[str]) -> list[str]:
     return asking
 
 
+def refuse_asking(arguments: dict[str, Any] | list[str], reason: str, allowed: str) -> None:
+    """Raise a ValueError with this reason if the given options ask for OGPSA; it lists those that do."""
+    asking = ", ".join(f"`{name}`" for name in ogpsa_options(arguments))
+    if asking:
+        raise ValueError(f"{reason}; allowed: {allowed}, or a run without {asking}.")
+
+
 def refuse_given(arguments: dict[str, Any] | list[str]) -> None:
     """Refuse what is wrong with the given options by themselves; `arguments` as for `given_options`.
 
@@ -61,23 +68,15 @@ def refuse_given(arguments: dict[str, Any] | list[str]) -> None:
             that OGPSA does not support.
     """
     refuse_unknown(name for name, _ in given_options(arguments))  # with ALLOW_EXTRA_ARGS they would be ignored
-    asking = ogpsa_options(arguments)
     for variable, backend in BACKENDS.items():
-        if asking and is_set(variable):
-            raise ValueError(
-                f"`{variable}` is set: OGPSA does not support the {backend} backend; allowed: unset, or a run without "
-                f"{', '.join(f'`{name}`' for name in asking)}."
-            )
+        if is_set(variable):
+            refuse_asking(arguments, f"`{variable}` is set: OGPSA does not support the {backend} backend", "unset")
 
 
 def refuse_parser(name: str, arguments: dict[str, Any] | list[str]) -> None:
     """Refuse an OGPSA run that LLaMA-Factory's function `name` parses, which OGPSA does not know."""
-    asking = ogpsa_options(arguments)
-    if asking:
-        raise ValueError(
-            f"This run is parsed by LLaMA-Factory's `{name}`, which belongs to a backend that OGPSA does not support; "
-            f"allowed: the default backend, or a run without {', '.join(f'`{option}`' for option in asking)}."
-        )
+    reason = f"This run is parsed by LLaMA-Factory's `{name}`, which belongs to a backend that OGPSA does not support"
+    refuse_asking(arguments, reason, "the default backend")
 
 
 def refuse_trainers(model_args: Any, training_args: Any) -> None:

@@ -12,22 +12,19 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
+from llamafactory.webui.engine import Engine
 from llamafactory.webui.locales import LOCALES as STOCK_LOCALES
 
+from ..autoload import STAGES
 from ..options import PREFIX
-from .arguments import STAGES
 from .board_locales import LOCALES, add_locales
 from .board_runner import check_runner, hook_runner
 from .board_tab import SUFFIX, connect, create_ogpsa_tab, is_ogpsa
-
-
-if TYPE_CHECKING:
-    from gradio.components import Component
-    from llamafactory.webui.engine import Engine
 
 
 # The elements of the Train tab that OGPSA reads, listens to or writes to.
@@ -125,8 +122,8 @@ def ogpsa_names(module: ModuleType) -> Iterator[None]:
 
 
 def create_train_tab_with_ogpsa(
-    create_train_tab: Callable[["Engine"], dict[str, "Component"]], engine: "Engine"
-) -> dict[str, "Component"]:
+    create_train_tab: Callable[[Engine], dict[str, Component]], engine: Engine
+) -> dict[str, Component]:
     """Create LlamaBoard's Train tab by its own function, with OGPSA's accordion in it; return all elements.
 
     Raises:

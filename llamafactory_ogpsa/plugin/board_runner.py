@@ -8,11 +8,10 @@ from llamafactory.extras.constants import TRAINING_STAGES
 from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.runner import Runner
 
-from ..options import PREFIX
 from .board_checks import find_error
 from .board_locales import LOCALES
 from .board_plot import make_figure, show_figure, show_refresh
-from .board_tab import extra_options, is_ogpsa, options_of, stock_stage
+from .board_tab import PANEL, extra_options, is_ogpsa, options_of, stock_stage
 
 
 # The methods of LlamaBoard's runner that are wrapped, with their parameters.
@@ -48,10 +47,6 @@ def hook_runner(runner: Runner) -> None:
         # The Evaluate tab has no stage among its inputs.
         return is_ogpsa(data.get(elem("train.training_stage")) or "")
 
-    def panel_of(data):
-        ids = {runner.manager.get_id_by_elem(elem).removeprefix("train."): elem for elem in data}
-        return {name: data[elem] for name, elem in ids.items() if name.startswith(PREFIX)}
-
     def initialize_with_ogpsa(data, do_train, from_preview):
         error = initialize(data, do_train, from_preview)
         if error or not do_train or not asks_for_ogpsa(data):
@@ -65,8 +60,8 @@ def hook_runner(runner: Runner) -> None:
 
         stage = data[elem("train.training_stage")]
         args = parse_train_args({**data, elem("train.training_stage"): stock_stage(stage)})
-        panel = {"stage": TRAINING_STAGES[stage], **options_of(panel_of(data))}
-        return {**args, **panel, **extra_options(data[elem("train.extra_args")])}
+        panel = options_of({name: data[elem(f"train.{name}")] for name in PANEL})
+        return {**args, "stage": TRAINING_STAGES[stage], **panel, **extra_options(data[elem("train.extra_args")])}
 
     def build_config_dict_with_ogpsa(data):
         config = build_config_dict(data)

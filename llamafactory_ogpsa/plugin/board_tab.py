@@ -2,9 +2,10 @@
 
 import json
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 from llamafactory.extras.constants import TRAINING_STAGES
 from llamafactory.webui.common import get_save_dir, load_dataset_info
 from llamafactory.webui.control import change_stage
@@ -12,10 +13,6 @@ from llamafactory.webui.control import change_stage
 from ..options import OPTIONS, PREFIX, Option
 from .board_plot import show_figure
 from .reference_info import check_datasets
-
-
-if TYPE_CHECKING:
-    from gradio.components import Component
 
 
 SUFFIX = " (OGPSA)"
@@ -32,7 +29,7 @@ def stock_stage(training_stage: str) -> str:
     return training_stage.removesuffix(SUFFIX)
 
 
-def make_element(option: Option) -> "Component":
+def make_element(option: Option) -> Component:
     """Create the element of an option, with the default of a supervised stage."""
     if option.type is list:
         return gr.Dropdown(multiselect=True, allow_custom_value=True, scale=2)
@@ -45,7 +42,7 @@ def make_element(option: Option) -> "Component":
     return gr.Dropdown(choices=list(option.choices), value=option.default)
 
 
-def create_ogpsa_tab() -> dict[str, "Component"]:
+def create_ogpsa_tab() -> dict[str, Component]:
     """Create the accordion (`ogpsa_tab`), one row for each group of options; the elements have the options' names."""
     elems = {}
     with gr.Accordion(open=False) as ogpsa_tab:
@@ -55,7 +52,7 @@ def create_ogpsa_tab() -> dict[str, "Component"]:
     return {"ogpsa_tab": ogpsa_tab, **elems}
 
 
-def connect(elems: dict[str, "Component"], model_name: "Component", finetuning_type: "Component") -> None:
+def connect(elems: dict[str, Component], model_name: Component, finetuning_type: Component) -> None:
     """Connect the accordion and the plot to the other elements of the Train tab."""
     stage = elems["training_stage"]
     stage.change(lambda name: gr.Accordion(open=is_ogpsa(name)), [stage], [elems["ogpsa_tab"]], queue=False)
@@ -95,7 +92,7 @@ def fits(name: str, info: dict[str, Any], stage: str, loss: str) -> bool:
     return True
 
 
-def list_general_sets(dataset_dir: str, training_stage: str, loss: str) -> "gr.Dropdown":
+def list_general_sets(dataset_dir: str, training_stage: str, loss: str) -> gr.Dropdown:
     """List the datasets that the reference loss can take.
 
     Inputs: train.dataset_dir, train.training_stage, train.ogpsa_loss
@@ -106,7 +103,7 @@ def list_general_sets(dataset_dir: str, training_stage: str, loss: str) -> "gr.D
     return gr.Dropdown(choices=[name for name in info if fits(name, info, stage, loss)])
 
 
-def show_run(model_name: str | None, finetuning_type: str, output_dir: str | None) -> "gr.Plot":
+def show_run(model_name: str | None, finetuning_type: str, output_dir: str | None) -> gr.Plot:
     """Show the plot of a run that is chosen by its output directory; any other directory leaves the plot as it is.
 
     Inputs: top.model_name, top.finetuning_type, train.output_dir

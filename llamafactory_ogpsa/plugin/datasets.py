@@ -3,13 +3,14 @@
 import copy
 import logging
 import sys
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from typing import Any, NamedTuple, TextIO
 
 import torch
 
 from ..noise import preserve_random_state
+from ..reference import ReferenceSet
 from .reference_info import choose_loss, known_datasets
 
 
@@ -25,9 +26,6 @@ logger = logging.getLogger("llamafactory.ogpsa")
 
 # Without a local dataset_info.json, a set counts as one of the stage's kind.
 _UNKNOWN = {"ranking": True, "columns": {"kto_tag": "kto_tag"}}
-
-# What `get_dataset` calls the data of each training stage.
-_DATA_STAGES = {"pt": "pt", "sft": "sft", "rm": "rm", "dpo": "rm", "kto": "kto"}
 
 # Parts of the messages of LLaMA-Factory and the datasets library for a set without a record.
 _EMPTY = (
@@ -97,19 +95,14 @@ def found_no_record(err: BaseException | None) -> bool:
 
 
 def load_reference_sets(
-    get_dataset: Callable[..., dict[str, Any]],
-    finetuning_args: Any,
-    template: Any,
-    model_args: Any,
-    data_args: Any,
-    training_args: Any,
-    stage: str,
-    tokenizer: Any,
-    processor: Any = None,
+    get_dataset: Callable[..., dict[str, Any]], finetuning_args: Any, call: dict[str, Any]
 ) -> list[LoadedSet]:
     """Read and tokenise the reference sets of a run, once; the random state stays as it was.
 
-    From `template` on, the parameters are those that the workflow gives to LLaMA-Factory's `get_dataset`.
+    Args:
+        get_dataset: LLaMA-Factory's.
+        finetuning_args: those of the run.
+        call: the arguments, by name, with which the workflow calls `get_dataset` for the training set.
 
     Returns:
         one set for each name in `ogpsa_dataset`.
@@ -117,20 +110,22 @@ def load_reference_sets(
     Raises:
         ValueError: a set cannot be read or collated, or has no usable samples, or too few for `ogpsa_rank`.
     """
+    template, model_args, data_args = call["template"], call["model_args"], call["data_args"]
+    training_args = call["training_args"]
     info = known_datasets(data_args.dataset_dir) or {}
     num_samples = finetuning_args.ogpsa_num_samples
     packing = packs_reference_sets(finetuning_args.stage, data_args, model_args, template, finetuning_args.ogpsa_scope)
     sets = []
     for name in finetuning_args.ogpsa_dataset:
         loss = choose_loss(finetuning_args.stage, finetuning_args.ogpsa_loss, info.get(name, _UNKNOWN))
-        data_stage = "sft" if loss == "sft" else _DATA_STAGES[finetuning_args.stage]
+        data_stage = "sft" if loss == "sft" else call["stage"]
         arguments = reference_data_args(data_args, name, num_samples, packing)
         no_sample = no_usable_sample(name, num_samples, arguments, data_stage)
         with preserve_random_state(torch.device("cpu")), redirect_stdout(ReferenceHeading(sys.stdout, name)):
             try:
                 if data_stage == "pt" and training_args.should_log:
                     warn_of_unseen_answers(name, model_args, arguments, training_args)
-                module = get_dataset(template, model_args, arguments, training_args, data_stage, tokenizer, processor)
+                module = get_dataset(**{**call, "data_args": arguments, "stage": data_stage})
             except Exception as err:
                 if found_no_record(err):
                     raise no_sample from err
@@ -152,12 +147,12 @@ def load_reference_sets(
             )
         sets.append(LoadedSet(name, samples, loss))
 
-    check_parts(finetuning_args.ogpsa_scope, finetuning_args.ogpsa_rank, {item.name: item.samples for item in sets})
+    check_parts(finetuning_args.ogpsa_scope, finetuning_args.ogpsa_rank, sets)
     return sets
 
 
-def check_parts(scope: str, rank: int | None, samples: dict[str, Sized]) -> None:
-    """Check that every reference set, given by name, has a sample for each part that `ogpsa_rank` splits it into.
+def check_parts(scope: str, rank: int | None, sets: Sequence[LoadedSet | ReferenceSet]) -> None:
+    """Check that every reference set has a sample for each part that `ogpsa_rank` splits it into.
 
     With scope `inputs` the rank counts directions of a matrix's input, and samples are not split.
 
@@ -167,12 +162,13 @@ def check_parts(scope: str, rank: int | None, samples: dict[str, Sized]) -> None
     if rank is None or scope == "inputs":
         return
 
-    parts = -(-rank // len(samples))
-    for name, own in samples.items():
-        if len(own) < parts:
+    parts = -(-rank // len(sets))
+    for item in sets:
+        size = len(item.samples)
+        if size < parts:
             raise ValueError(
-                f"`ogpsa_rank` is {rank}, which splits {name!r} into {parts} parts, but it has only {len(own)} usable "
-                f"samples; allowed: at most {len(own) * len(samples)}."
+                f"`ogpsa_rank` is {rank}, which splits {item.name!r} into {parts} parts, but it has only {size} "
+                f"usable samples; allowed: at most {size * len(sets)}."
             )
 
 

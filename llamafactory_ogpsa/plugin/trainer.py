@@ -157,7 +157,6 @@ def sft_collator(trainer: Any, loaded: dict[str, Any]) -> Callable[[list[dict[st
         tokenizer=loaded["tokenizer"],
         processor=loaded["processor"],
         pad_to_multiple_of=8,
-        label_pad_token_id=-100,
     )
 
 

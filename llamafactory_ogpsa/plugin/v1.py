@@ -1,44 +1,30 @@
 """The seam `llamafactory.v1.config.arg_parser`: the OGPSA options of LLaMA-Factory's next trainer (`USE_V1=1`).
 
 Experimental, see docs/v1.md. v1's parser does not know the `ogpsa_*` options, and with `ALLOW_EXTRA_KEYS=1` it would
-ignore them and train without OGPSA. Here they are read, checked, and removed before it parses the rest. Commands that
-have no OGPSA are refused. Every refusal is a ValueError that names the option, its value and what is allowed.
+ignore them and train without OGPSA. A stage that has OGPSA (`plugin.v1_trainer`) takes them out before v1 parses the
+rest; where they still reach the parser, they are refused. Every refusal is a ValueError that names the option, its
+value and what is allowed.
 """
 
+import copy
 import functools
 import sys
-from collections.abc import Callable
-from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from ..options import OPTIONS, PREFIX, Settings, refuse_unknown, resolve
-from .backends import given_options, ogpsa_options
-from .v1_data import RecordSet, read_sets
+from .backends import given_options, ogpsa_options, refuse_asking
 
 
-class Request(NamedTuple):
-    """What a run asks for: its options, and the reference sets, read but not tokenised."""
-
-    settings: Settings
-    sets: list[RecordSet]
-
-
-class Stage(NamedTuple):
-    """A stage of v1 that is being run, so far only sft; `put_in` replaces its trainer class by one with OGPSA."""
-
-    name: str
-    put_in: Callable[[Request], None]
-
-
-# The stage whose `run_*` is being executed: while it is set, `get_args` parses the arguments of this stage.
-RUNNING: ContextVar[Stage | None] = ContextVar("running", default=None)
+# What v1 parses: options by name, a command line, or None for that of this process.
+InputArgument = dict[str, Any] | list[str] | None
 
 
 def patch(module: ModuleType) -> None:
-    """Wrap the function that parses the arguments of every v1 command.
+    """Wrap the function that parses the arguments of every v1 command, so that it refuses OGPSA.
 
     Raises:
         AttributeError: the module has no `get_args`; it is left as it was.
@@ -46,36 +32,49 @@ def patch(module: ModuleType) -> None:
     get_args = module.get_args
 
     @functools.wraps(get_args)
-    def ogpsa_get_args(args=None):
-        words = sys.argv[1:] if args is None else args
-        asking = ogpsa_options(read_all(words))
-        if not asking:
-            return get_args(args)
+    def refusing_get_args(args=None):
+        reason = "OGPSA is asked for, but this command of LLaMA-Factory's v1 trainer has no OGPSA"
+        refuse_asking(read_all(args), reason, "`llamafactory-cli sft`")
+        return get_args(args)
 
-        stage = RUNNING.get()
-        check_asking(asking, stage)
-        options, rest = split_options(words)
-        settings = make_settings(options, stage.name)
-        parsed = get_args(rest)
-        refuse_arguments(parsed[0], parsed[2])
-        stage.put_in(Request(settings, read_sets(settings)))
-        return parsed
-
-    module.get_args = ogpsa_get_args
+    module.get_args = refusing_get_args
 
 
-def is_file(words: Any) -> bool:
+def take_settings(args: InputArgument, stage: str) -> tuple[Settings | None, InputArgument]:
+    """Take the OGPSA options out of the arguments of a stage, and check the run as far as they tell.
+
+    Returns:
+        the settings, None if the run does not ask for OGPSA; and the arguments that are left for v1.
+    """
+    asking = ogpsa_options(read_all(args))
+    if not asking:
+        return None, args
+
+    classic = [name for name in asking if ":" in name]
+    if classic:
+        raise ValueError(
+            f"`{classic[0]}` is given, but LLaMA-Factory's v1 trainer takes the stage from its command; allowed: "
+            f"`llamafactory-cli {stage}` with `ogpsa_dataset`, or `USE_V1` unset."
+        )
+    from llamafactory.v1.config import get_args
+
+    options, rest = split_options(sys.argv[1:] if args is None else args)
+    settings = make_settings(options, stage)
+    model_args, _, training_args, *_ = get_args(copy.deepcopy(rest))
+    refuse_arguments(model_args, training_args)
+    return settings, rest
+
+
+def is_file(words: dict[str, Any] | list[str]) -> bool:
     """Return whether a command line names a file of options, as v1's parser sees it."""
     return not isinstance(words, dict) and bool(words) and words[0].endswith((".yaml", ".yml", ".json"))
 
 
-def read_all(words: dict[str, Any] | list[str]) -> dict[str, Any]:
-    """Read the options from a dict, or from a command line and the file that it may name."""
+def read_all(args: InputArgument) -> dict[str, Any]:
+    """Read the options from a dict, or from a command line (None: this process's) and the file that it may name."""
+    words = sys.argv[1:] if args is None else args
     if not is_file(words):
         return dict(given_options(words))
-
-    from omegaconf import OmegaConf
-
     return {**OmegaConf.to_container(OmegaConf.load(words[0])), **dict(given_options(words[1:]))}
 
 
@@ -89,43 +88,19 @@ def split_options(words: dict[str, Any] | list[str]) -> tuple[dict[str, Any], di
         options = {name: value for name, value in words.items() if name.startswith(PREFIX)}
         return options, {name: value for name, value in words.items() if name not in options}
 
-    given = {
-        name: yaml.safe_load(value) if isinstance(value, str) else value
-        for name, value in given_options(words)
-        if name.startswith(PREFIX)
-    }
+    given = {name: yaml.safe_load(value or "") for name, value in given_options(words) if name.startswith(PREFIX)}
     rest, skip = [], False
     for word in words:
-        name, equals, _ = word.partition("=")
-        ours = name.removeprefix("--").replace("-", "_").startswith(PREFIX) and (bool(equals) or word.startswith("--"))
+        ours = any(name.startswith(PREFIX) for name, _ in given_options([word]))
         if not ours and not skip:
             rest.append(word)
-        skip = ours and not equals
+        skip = ours and "=" not in word
     if not is_file(words):
         return given, rest
-
-    from omegaconf import OmegaConf
 
     config = OmegaConf.merge(OmegaConf.load(words[0]), OmegaConf.from_cli(rest[1:]))
     options, others = split_options(OmegaConf.to_container(config))
     return {**options, **given}, others
-
-
-def check_asking(asking: list[str], stage: Stage | None) -> None:
-    """Refuse OGPSA for v1 commands other than a known stage's, and stages spelled as in the classic trainer."""
-    names = ", ".join(f"`{name}`" for name in asking)
-    given = f"{names} {'is' if len(asking) == 1 else 'are'} given"
-    if stage is None:
-        raise ValueError(
-            f"{given}, but this command of LLaMA-Factory's v1 trainer has no OGPSA; allowed: `llamafactory-cli sft`, "
-            f"or a run without {'it' if len(asking) == 1 else 'them'}."
-        )
-    classic = [name for name in asking if ":" in name]
-    if classic:
-        raise ValueError(
-            f"`{classic[0]}` is given, but LLaMA-Factory's v1 trainer takes the stage from its command; allowed: "
-            f"`llamafactory-cli {stage.name}` with `ogpsa_dataset`, or `USE_V1` unset."
-        )
 
 
 def make_settings(options: dict[str, Any], stage: str) -> Settings:

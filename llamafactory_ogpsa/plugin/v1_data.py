@@ -5,7 +5,7 @@ Every refusal is a ValueError that names the option, its value and what is allow
 
 import os
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -15,14 +15,11 @@ from ..reference import ReferenceSet
 from .datasets import check_parts
 
 
-class RecordSet(NamedTuple):
-    """The first `ogpsa_num_samples` records of a set, in v1's format; named by its entry in a YAML, or its file."""
-
-    name: str
-    records: list[dict[str, Any]]
+# The first `ogpsa_num_samples` records of each set, in v1's format; named by its entry in a YAML, or its file.
+Records = dict[str, list[dict[str, Any]]]
 
 
-def read_sets(settings: Settings) -> list[RecordSet]:
+def read_sets(settings: Settings) -> Records:
     """Read the reference sets of a run; the random state stays as it was.
 
     A name in `ogpsa_dataset` is what `train_dataset` may be: a YAML, each entry of which is one set, a file or a
@@ -33,7 +30,7 @@ def read_sets(settings: Settings) -> list[RecordSet]:
     """
     from llamafactory.v1.core.data_engine import DataEngine
 
-    sets: list[RecordSet] = []
+    sets: Records = {}
     paths: dict[str, str] = {}  # of the sets, by name
     for path in settings.dataset:
         with preserve_random_state(torch.device("cpu")):
@@ -54,13 +51,13 @@ def read_sets(settings: Settings) -> list[RecordSet]:
                 raise ValueError(f"`ogpsa_dataset` has a set {name!r} twice, in {both}; allowed: each name once.")
             check_records(name, records)
             paths[name] = path
-            sets.append(RecordSet(name, records))
+            sets[name] = records
     return sets
 
 
-def read_entries(data: Any, num_samples: int) -> dict[str, list[dict[str, Any]]]:
+def read_entries(data: Any, num_samples: int) -> Records:
     """Return the first records of every entry of a DataEngine, converted to v1's format."""
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in data.dataset_infos}
+    found: Records = {name: [] for name in data.dataset_infos}
     for position, (name, *_) in enumerate(data.data_index):  # from 0.9.6 on, an entry also has the turn to cut at
         if len(found[name]) < num_samples:
             found[name].append(data[position])
@@ -78,7 +75,7 @@ def check_records(name: str, records: list[dict[str, Any]]) -> None:
         )
 
 
-def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet]) -> list[ReferenceSet]:
+def make_reference_sets(trainer: Any, settings: Settings, sets: Records) -> list[ReferenceSet]:
     """Tokenise reference sets with a v1 trainer's renderer, and give each its collator and loss.
 
     Raises:
@@ -86,17 +83,17 @@ def make_reference_sets(trainer: Any, settings: Settings, sets: list[RecordSet])
     """
     cutoff_len = trainer.args.cutoff_len
     made = []
-    for item in sets:
-        samples = trainer.renderer.process_samples(item.records)
+    for name, records in sets.items():
+        samples = trainer.renderer.process_samples(records)
         samples = [sample for sample in samples if count_weight(sample, cutoff_len) > 0]
         if not samples:
             raise ValueError(
-                f"`ogpsa_dataset` has {item.name!r}, none of whose first {settings.num_samples} records has a token "
+                f"`ogpsa_dataset` has {name!r}, none of whose first {settings.num_samples} records has a token "
                 f"to learn at cutoff_len {cutoff_len}; allowed: a set with at least one."
             )
-        made.append(ReferenceSet(item.name, samples, partial(collate, cutoff_len=cutoff_len), TokenLoss(trainer)))
+        made.append(ReferenceSet(name, samples, partial(collate, cutoff_len=cutoff_len), TokenLoss(trainer)))
 
-    check_parts(settings.scope, settings.rank, {item.name: item.samples for item in made})
+    check_parts(settings.scope, settings.rank, made)
     return made
 
 

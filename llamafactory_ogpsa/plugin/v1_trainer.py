@@ -14,9 +14,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engines import make_engine
+from ..options import Settings
 from ..run import Host, OgpsaRun
-from .v1 import RUNNING, Request, Stage
-from .v1_data import make_reference_sets
+from .v1 import take_settings
+from .v1_data import Records, make_reference_sets, read_sets
 
 
 logger = logging.getLogger("llamafactory.ogpsa")
@@ -41,17 +42,16 @@ def patch(module: ModuleType) -> None:
 
     @functools.wraps(run)
     def run_stage(args=None):
-        stock = getattr(module, name)
-
-        def put_in(request: Request) -> None:
-            check_seam(stage, stock)
-            setattr(module, name, with_ogpsa(stock, request))
-
-        token = RUNNING.set(Stage(stage, put_in))
-        try:
+        settings, rest = take_settings(args, stage)
+        if settings is None:
             return run(args)
+
+        stock = getattr(module, name)
+        check_seam(stage, stock)
+        setattr(module, name, with_ogpsa(stock, settings, read_sets(settings)))
+        try:
+            return run(rest)
         finally:
-            RUNNING.reset(token)
             setattr(module, name, stock)
 
     setattr(module, f"run_{stage}", run_stage)
@@ -69,14 +69,13 @@ def check_seam(stage: str, trainer_class: type) -> None:
     problems = []
     if list(inspect.signature(trainer_class.__init__).parameters) != _TRAINER_PARAMETERS:
         problems.append(f"{trainer_class.__name__} has other parameters")
-    for method in ("compute_loss", "fit"):
-        if not callable(getattr(trainer_class, method, None)):
-            problems.append(f"{trainer_class.__name__} has no {method}")
-    for event in ("on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_train_end"):
-        if not callable(getattr(TrainerCallback, event, None)):
-            problems.append(f"callbacks have no {event}")
-    if not callable(getattr(batching, "default_collate_fn", None)):
-        problems.append("batching has no default_collate_fn")
+    needed = {
+        trainer_class: ("compute_loss", "fit"),
+        TrainerCallback: ("on_train_begin", "on_step_begin", "on_step_end", "on_log", "on_train_end"),
+        batching: ("default_collate_fn",),
+    }
+    for owner, names in needed.items():
+        problems += [f"{owner.__name__} has no {name}" for name in names if not callable(getattr(owner, name, None))]
     if problems:
         raise RuntimeError(
             f"OGPSA does not know this version of LLaMA-Factory's v1 trainer (stage {stage}: {'; '.join(problems)}). "
@@ -84,13 +83,13 @@ def check_seam(stage: str, trainer_class: type) -> None:
         )
 
 
-def with_ogpsa(trainer_class: type, request: Request) -> type:
+def with_ogpsa(trainer_class: type, settings: Settings, sets: Records) -> type:
     """Return a subclass of a stage's trainer, of the same name, that has OGPSA among its callbacks."""
 
     class OgpsaTrainer(trainer_class):
         def __init__(self, args, model, renderer, train_dataset, callbacks=None):
             refuse_processor(renderer.processor)
-            callbacks = [*(callbacks or []), make_callback(self, request)]
+            callbacks = [*(callbacks or []), make_callback(self, settings, sets)]
             super().__init__(args, model, renderer, train_dataset, callbacks)
 
     OgpsaTrainer.__name__ = trainer_class.__name__
@@ -107,13 +106,13 @@ def refuse_processor(processor: Any) -> None:
         )
 
 
-def make_callback(trainer: Any, request: Request) -> Any:
+def make_callback(trainer: Any, settings: Settings, sets: Records) -> Any:
     """Make the callback that passes a v1 trainer's events on to an OGPSA run."""
     from llamafactory.v1.utils.callbacks import TrainerCallback
 
     class OgpsaCallback(TrainerCallback):
         def on_train_begin(self, args, state, optimizer=None, **kwargs):
-            self.run = OgpsaRun(request.settings, make_reference_sets(trainer, request.settings, request.sets))
+            self.run = OgpsaRun(settings, make_reference_sets(trainer, settings, sets))
             self.run.begin(make_host(trainer))
             self.hooks = [
                 optimizer.register_step_pre_hook(self.before_optimizer),

@@ -7,8 +7,9 @@ also reads the reference sets (it is called before the model is loaded), and the
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -40,11 +41,8 @@ def patch(module: ModuleType) -> None:
 
     @functools.wraps(run)
     def run_stage(model_args, data_args, training_args, finetuning_args, *args, **kwargs):
-        if not getattr(finetuning_args, "ogpsa_enabled", False) or not training_args.do_train:
-            return run(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
-
-        check_seam(stage)
-        with ogpsa_names(stage, finetuning_args):
+        asked = getattr(finetuning_args, "ogpsa_enabled", False) and training_args.do_train
+        with ogpsa_names(stage, finetuning_args) if asked else nullcontext():
             return run(model_args, data_args, training_args, finetuning_args, *args, **kwargs)
 
     run_stage.ogpsa_stage = stage
@@ -91,7 +89,12 @@ def check_seam(stage: str) -> None:
 
 @contextmanager
 def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
-    """Replace `get_dataset` and the trainer class of a stage while the context is open."""
+    """Replace `get_dataset` and the trainer class of a stage while the context is open.
+
+    Raises:
+        RuntimeError: see `check_seam`.
+    """
+    check_seam(stage)
     modules = _modules(stage)
     stock_get_dataset = modules[0].get_dataset
     loaded: dict[str, Any] = {}
@@ -102,16 +105,14 @@ def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
         call.apply_defaults()
         # The reference sets come first, so that an error in them shows at once and not after hours of tokenising the
         # training set.
-        loaded.update(sets=load_reference_sets(stock_get_dataset, finetuning_args, **call.arguments), **call.arguments)
+        loaded.update(sets=load_reference_sets(stock_get_dataset, finetuning_args, call.arguments), **call.arguments)
         return stock_get_dataset(*args, **kwargs)
 
     names = {"get_dataset": get_dataset}
     names[TRAINERS[stage]] = with_ogpsa(getattr(modules[1], TRAINERS[stage]), stage, finetuning_args, loaded)
-    replaced = [(module, name, getattr(module, name)) for module in modules for name in names if hasattr(module, name)]
-    try:
-        for module, name, _ in replaced:
-            setattr(module, name, names[name])
+    with ExitStack() as stack:
+        for module, name in itertools.product(modules, names):
+            if hasattr(module, name):
+                stack.callback(setattr, module, name, getattr(module, name))
+                setattr(module, name, names[name])
         yield
-    finally:
-        for module, name, value in replaced:
-            setattr(module, name, value)

@@ -21,7 +21,13 @@ READERS["judge"] = READERS["xstest"] + READERS["strongreject"]
 
 
 def evaluate(
-    kind: str, model: str, adapter: str | None, output: str, tasks: str | None, sources: dict, extra: Sequence[str]
+    kind: str,
+    model: str,
+    adapter: str | None,
+    output: str,
+    tasks: str | None,
+    extra: Sequence[str],
+    **sources: str | None,
 ) -> int:
     """Run lm-evaluation-harness on a model and return its exit status.
 
@@ -31,8 +37,8 @@ def evaluate(
         adapter: path of a LoRA adapter on top of it.
         output: the folder of this one model's results.
         tasks: names of the harness's tasks, separated by commas; None for those of `TASKS`.
-        sources: `xstest`, `strongreject` and `judge`; None if not given.
         extra: more words of the harness's command line.
+        sources: `xstest`, `strongreject` and `judge`; None if not given.
 
     Raises:
         RecipeError: the harness is not installed, there is no such judge, the safety data cannot be used, or an option

@@ -1,10 +1,10 @@
 """UltraFeedback (arXiv 2310.01377): general instructions with scored answers, raw or binarized."""
 
-from collections.abc import Iterable
 from typing import Any
 
 from .errors import RecipeError
 from .samples import Sample, clean, number
+from .source import find_schema
 
 
 RAW = ("instruction", "completions")
@@ -36,15 +36,12 @@ def make_binarized(row: dict[str, Any]) -> Sample | str:
     return Sample(clean(row["prompt"]), *("".join(found[:1]) for found in answers))
 
 
-def entries_of(row: dict[str, Any], column: str, names: Iterable[str]) -> list[dict[str, Any]]:
+def entries_of(row: dict[str, Any], column: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
     """Return the entries of a column; raise a RecipeError unless they are records with these names."""
     entries = row[column] or []
     if not isinstance(entries, list):
         raise RecipeError(f"the column {column} has another schema: it holds no list.")
     for entry in entries:
         found = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
-        missing = [name for name in names if name not in found]
-        if missing:
-            lacks = f"[{', '.join(missing)}] are missing; found: [{', '.join(found)}]"
-            raise RecipeError(f"the column {column} has another schema: {lacks}.")
+        find_schema(found, f"the column {column}", names)
     return entries

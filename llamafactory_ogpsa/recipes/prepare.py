@@ -86,7 +86,7 @@ def prepare(
     source = source or recipe.hub_id
     label = None if refusals is None else make_label(refusals, seed)
     dataset = load(source, recipe.config, recipe.splits)
-    schema = find_schema(dataset, source, *recipe.schemas)
+    schema = find_schema(dataset.column_names, source, *recipe.schemas)
     samples = recipe.schemas[schema](iterate(dataset, drops), drops)
     if name == "safety":
         label = label or make_label(TEMPLATES if schema == safety.PKU else DATASET, seed)

@@ -79,9 +79,8 @@ def choose(source: str, kind: str, found: Sequence[str], wanted: Sequence[str | 
     return found[0]
 
 
-def find_schema(dataset: "Dataset", source: str, *schemas: tuple[str, ...]) -> tuple[str, ...]:
+def find_schema(found: Sequence[str], source: str, *schemas: tuple[str, ...]) -> tuple[str, ...]:
     """Return the first schema whose columns were all found; else raise a RecipeError that lists the missing ones."""
-    found = dataset.column_names
     missing = [[name for name in schema if name not in found] for schema in schemas]
     if [] in missing:
         return schemas[missing.index([])]

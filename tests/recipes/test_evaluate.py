@@ -215,7 +215,7 @@ def test_safety_data_that_cannot_be_used_are_told_before_the_harness_runs(option
 def test_a_missing_harness_is_told_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install '\.\[eval\]' in a clone"):
-        evaluate.evaluate("general", "m", None, "out", None, {}, [])
+        evaluate.evaluate("general", "m", None, "out", None, [])
 
 
 def test_a_misspelt_option_is_refused_where_nobody_else_could_take_it(capsys):

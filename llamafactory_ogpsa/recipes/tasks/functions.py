@@ -19,7 +19,7 @@ def _tasks(prompts: list[str], source: str, judge: str) -> dict[str, datasets.Da
 
 def _xstest(label: str, source: str, judge: str) -> dict[str, datasets.Dataset]:
     rows = load(source, None, SPLITS)
-    find_schema(rows, source, ("prompt", "label"))
+    find_schema(rows.column_names, source, ("prompt", "label"))
     prompts = [row["prompt"] for row in rows if row["label"] == label]
     return _tasks(prompts, f"{source} (label {label})", judge)
 
@@ -37,7 +37,7 @@ def xstest_unsafe(xstest: str = XSTEST, judge: str = "", **_) -> dict[str, datas
 def strongreject(strongreject: str = STRONGREJECT, judge: str = "", **_) -> dict[str, datasets.Dataset]:
     """Load StrongREJECT's prompts, from its authors' file or from the hub."""
     rows = load(strongreject, None, SPLITS)
-    (column,) = find_schema(rows, strongreject, ("forbidden_prompt",), ("prompt",))
+    (column,) = find_schema(rows.column_names, strongreject, ("forbidden_prompt",), ("prompt",))
     return _tasks(list(rows[column]), strongreject, judge)
 
 
