@@ -44,9 +44,8 @@ def is_transposed(module: torch.nn.Module) -> bool:
 def is_router(module: torch.nn.Module) -> bool:
     """Return whether a module is a router of transformers, which multiplies by a matrix `[experts, in]` of its own."""
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("Router") or not isinstance(weight, torch.nn.Parameter):
-        return False
-    return len(getattr(weight, "ds_shape", weight.shape)) == 2  # of a parameter that ZeRO-3 has split
+    named = type(module).__name__.endswith("Router") and isinstance(weight, torch.nn.Parameter)
+    return named and len(getattr(weight, "ds_shape", weight.shape)) == 2  # ZeRO-3 leaves a split one no shape
 
 
 class Recorder:
@@ -64,28 +63,23 @@ class Recorder:
         self._modules = modules
         self._per_sample = tokens_per_sample(samples)
         self._rows: dict[tuple[int, ...], list[torch.Tensor]] = {}
-        self._mask: torch.Tensor | None = None
-        self._present: torch.Tensor | None = None
         self._seen: list[tuple[weakref.ref, list[int], torch.Tensor]] = []
-        self._ids: torch.Tensor | None = None
-        self._own = True
         self.tokens: dict[int, torch.Tensor] = {}
 
     def begin_batch(self, batch: dict[str, Any], count: int) -> None:
-        """Say what the next forward pass is given.
+        """Say what the next forward pass is given; call it before each.
 
         Args:
             batch: the batch, with an `attention_mask` and perhaps `labels`.
             count: the samples that count; with 0, nothing is kept.
         """
         present, labels = batch.get("attention_mask"), batch.get("labels")
-        self._ids, self._own = batch.get("input_ids"), True
+        self._ids, self._count, self._active = batch.get("input_ids"), count, count > 0
         if present is not None and present.dim() == 4:
             # Neat packing's mask `[sequences, 1, length, length]`: 0 if a token sees another; padding not even itself.
             present = present[:, 0].diagonal(dim1=-2, dim2=-1) == 0
         self._present = present.bool() if present is not None and present.dim() == 2 else None
         self._mask = None if self._present is None else _thin(self._present, labels, self._per_sample)
-        self._count = count
 
     @contextmanager
     def recording(self, model: torch.nn.Module) -> Iterator[None]:
@@ -107,11 +101,12 @@ class Recorder:
         """Tell passes of the batch itself from others: KTO's loss also runs prompts with answers of other prompts."""
         ids = kwargs.get("input_ids")
         if ids is not None and self._ids is not None:
-            self._own = ids.shape == self._ids.shape and torch.equal(ids, self._ids.to(ids.device))
+            own = ids.shape == self._ids.shape and torch.equal(ids, self._ids.to(ids.device))
+            self._active = self._count > 0 and own
 
     def _keep_tokens(self, index: int, module: torch.nn.Embedding, args: tuple, output: torch.Tensor) -> None:
         ids = args[0]
-        if self._count == 0 or not self._own:
+        if not self._active:
             return
         if self._present is not None and self._present.shape == ids.shape:
             ids = ids[self._present]
@@ -119,7 +114,7 @@ class Recorder:
         self.tokens.setdefault(index, unseen)[ids.reshape(-1)] = True
 
     def _keep_inputs(self, index: int, module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
-        if self._count == 0 or not self._own:
+        if not self._active:
             return
         # Several matrices have the same inputs (query, key and value): kept once.
         same = next((indices for given, indices, _ in self._seen if given() is args[0]), None)

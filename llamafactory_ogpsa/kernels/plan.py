@@ -9,8 +9,6 @@ from .basis import ResidentBasis
 
 
 Gradients = Sequence[torch.Tensor | None]
-# The products, the squared norms, and the norm after the projection: see `Plan.orthogonal_`.
-Figures = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 # Squares of smaller numbers vanish in float32: if the squared norm of a group is below this, its products count as
 # zero, so that nothing is removed that the figures could not show.
@@ -38,7 +36,7 @@ class Plan(ABC):
         self._source = source
         self._numels = list(numels)
 
-    @torch.no_grad()
+    @abstractmethod
     def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure the gradient along the basis, in one read of both.
 
@@ -53,10 +51,8 @@ class Plan(ABC):
             ValueError: the gradients' number, sizes or device differ from the plan's.
             TypeError: a gradient's dtype is none of float32, bfloat16 and float16.
         """
-        dense, _copied = self._prepare(gradients)
-        return self._measure(dense)
 
-    @torch.no_grad()
+    @abstractmethod
     def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Change the gradients in place: `g_i ← s·(g_i + B_iᵀ δ_k)`, computed in float32 and rounded at the write.
 
@@ -70,16 +66,11 @@ class Plan(ABC):
         Raises:
             ValueError, TypeError: see `coefficients`; also if `delta` has another shape.
         """
-        self._check_table("delta", delta, (self.num_groups, self.rank))
-        if scale is not None:
-            self._check_table("scale", scale, ())
-        dense, copied = self._prepare(gradients)
-        self._write(dense, delta, scale)
-        for gradient, copy in copied:
-            gradient.copy_(copy)
 
-    @torch.no_grad()
-    def orthogonal_(self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None) -> Figures:
+    @abstractmethod
+    def orthogonal_(
+        self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Measure, remove what lies in the span of the basis, and clip, in one call and in place.
 
         The same as `coefficients`, `policy.orthogonal_step` and `apply_`, up to the rounding between them. If the
@@ -100,27 +91,9 @@ class Plan(ABC):
         Raises:
             ValueError, TypeError: see `coefficients`; also if `inverse_gram` has another shape.
         """
-        self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
-        dense, copied = self._prepare(gradients)
-        figures = self._project(dense, inverse_gram, max_norm)
-        for gradient, copy in copied:
-            gradient.copy_(copy)
-        return figures
 
     def warmup(self, dtypes: Sequence[torch.dtype]) -> None:
         """Compile in advance what gradients of these dtypes (one per parameter tensor) will need, if anything."""
-
-    @abstractmethod
-    def _measure(self, dense: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-        """Do what `coefficients` describes, with gradients that `_prepare` has returned."""
-
-    @abstractmethod
-    def _write(self, dense: Gradients, delta: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Do what `apply_` describes, with gradients that `_prepare` has returned."""
-
-    @abstractmethod
-    def _project(self, dense: Gradients, inverse_gram: torch.Tensor, max_norm: float | None) -> Figures:
-        """Do what `orthogonal_` describes, with gradients that `_prepare` has returned."""
 
     def _check_table(self, name: str, table: torch.Tensor, shape: tuple[int, ...]) -> None:
         if tuple(table.shape) != shape or table.dtype != torch.float32 or table.device != self.device:
@@ -129,7 +102,9 @@ class Plan(ABC):
                 f"not {table.dtype} {list(table.shape)} on {table.device}."
             )
 
-    def _prepare(self, gradients: Gradients) -> tuple[Gradients, list[tuple[torch.Tensor, torch.Tensor]]]:
+    def _dense(
+        self, gradients: Gradients
+    ) -> tuple[list[torch.Tensor | None], list[tuple[torch.Tensor, torch.Tensor]]]:
         """Check the gradients and copy those that are not contiguous.
 
         Returns:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .basis import Piece, ResidentBasis
-from .plan import TINY_SQUARE, Figures, Gradients, Plan
+from .plan import TINY_SQUARE, Gradients, Plan
 from .policy import orthogonal_step
 
 
@@ -63,13 +63,31 @@ class TorchPlan(Plan):
                 chunks.append(Chunk(piece, where, basis, work[:, :length], next(rows)))
         self._group_chunks = group_chunks.to(self.device)
 
-    def _measure(self, dense: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
-        return _split(self._sums(dense).float())
+    @torch.no_grad()
+    def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
+        return _split(self._sums(self._dense(gradients)[0]).float())
 
-    def _project(self, dense: Gradients, inverse_gram: torch.Tensor, max_norm: float | None) -> Figures:
+    @torch.no_grad()
+    def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        self._check_table("delta", delta, (self.num_groups, self.rank))
+        if scale is not None:
+            self._check_table("scale", scale, ())
+        dense, copied = self._dense(gradients)
+        self._write(dense, delta, scale)
+        for gradient, copy in copied:
+            gradient.copy_(copy)
+
+    @torch.no_grad()
+    def orthogonal_(
+        self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
+        dense, copied = self._dense(gradients)
         sums = self._sums(dense)
         delta, scale, norm = orthogonal_step(*_split(sums), inverse_gram, max_norm)
         self._write(dense, delta, scale)
+        for gradient, copy in copied:
+            gradient.copy_(copy)
         return *_split(sums.float()), norm
 
     def _parts(self, dense: Gradients) -> Iterator[tuple[Chunk, torch.Tensor]]:

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from .basis import ResidentBasis
-from .plan import GRADIENT_DTYPES, Figures, Gradients, Plan
+from .plan import GRADIENT_DTYPES, Gradients, Plan
 from .triton_kernels import MAX_ROWS, apply_kernel, partial_sums_kernel, reduce_kernel
 
 
@@ -100,28 +100,47 @@ class TritonPlan(Plan):
         )
         self._apply_options = dict(self._sums_options, PADDED=padded, GROUPS=_power(num_groups, 1024))
 
-    def _measure(
-        self, dense: Gradients, inverse_gram: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    @torch.no_grad()
+    def coefficients(self, gradients: Gradients) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.cuda.device_of(self._one):
+            _copied = self._upload(gradients)
             for bucket in self._source.load():
                 self._sum(_launch, *self._spans[bucket])
 
-            return self._reduce(_launch, inverse_gram)
+            return self._reduce(_launch, None)
 
-    def _write(self, dense: Gradients, delta: torch.Tensor, scale: torch.Tensor | None) -> None:
+    @torch.no_grad()
+    def apply_(self, gradients: Gradients, delta: torch.Tensor, scale: torch.Tensor | None = None) -> None:
+        self._check_table("delta", delta, (self.num_groups, self.rank))
+        if scale is not None:
+            self._check_table("scale", scale, ())
         with torch.cuda.device_of(self._one):
+            copied = self._upload(gradients)
             delta = delta.contiguous()
             for bucket in self._source.load():
                 self._apply(_launch, *self._spans[bucket], delta, self._one if scale is None else scale)
 
-    def _project(self, dense: Gradients, inverse_gram: torch.Tensor, max_norm: float | None) -> Figures:
-        products, squared_norms = self._measure(dense, inverse_gram.contiguous())
+        for gradient, copy in copied:
+            gradient.copy_(copy)
+
+    @torch.no_grad()
+    def orthogonal_(
+        self, gradients: Gradients, inverse_gram: torch.Tensor, max_norm: float | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self._check_table("inverse_gram", inverse_gram, (self.num_groups, self.rank, self.rank))
         with torch.cuda.device_of(self._one):
+            copied = self._upload(gradients)
+            for bucket in self._source.load():
+                self._sum(_launch, *self._spans[bucket])
+
+            products, squared_norms = self._reduce(_launch, inverse_gram.contiguous())
             # Without tiles no program writes it.
             norm = (torch.empty_like if self._num_tiles else torch.zeros_like)(self._one)
             for bucket in self._source.load():
                 self._apply(_launch, *self._spans[bucket], self._delta, norm=norm, max_norm=max_norm)
+
+        for gradient, copy in copied:
+            gradient.copy_(copy)
 
         return products, squared_norms, norm
 
@@ -139,17 +158,21 @@ class TritonPlan(Plan):
             self._apply(_compile, 0, self._num_tiles, self._delta, self._one)
             self._apply(_compile, 0, self._num_tiles, self._delta, norm=self._one)
 
-    def _prepare(self, gradients: Gradients) -> tuple[Gradients, list[tuple[torch.Tensor, torch.Tensor]]]:
-        """Bring the table of the (contiguous) gradients' addresses and kinds up to date; see `Plan._prepare`."""
+    def _upload(self, gradients: Gradients) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Bring the table of the gradients' addresses and kinds up to date.
+
+        Returns:
+            a pair (gradient, its contiguous copy) for each that is not contiguous; the table has the copy's address.
+        """
         # This part runs in every step for every tensor, the rest only after a change.
         signature = (
             [0 if g is None else g.data_ptr() if g.is_contiguous() else None for g in gradients],
             [None if g is None else g.dtype for g in gradients],
         )
         if signature == self._signature and None not in signature[0]:
-            return gradients, []
+            return []
 
-        dense, copied = super()._prepare(gradients)
+        dense, copied = self._dense(gradients)
         self._signature = signature
         present = _integers([g is not None for g in dense])[self._piece_tensor]
         dtypes = _integers([0 if g is None else GRADIENT_DTYPES.index(g.dtype) for g in dense])[self._piece_tensor]
@@ -161,7 +184,7 @@ class TritonPlan(Plan):
             table = table.pin_memory()
         self._gradients = table.to(self.device, non_blocking=True)
         self._gradient_kinds = _kind_set(kinds[present.bool()])
-        return dense, copied
+        return copied
 
     def _sum(self, start: Start, first: int, last: int) -> None:
         start(

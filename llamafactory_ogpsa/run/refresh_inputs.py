@@ -147,9 +147,8 @@ class InputBasis:
         if processes.size == 1:
             return rows
 
-        counts = [0.0] * processes.size
-        counts[processes.rank] = float(len(rows))
-        counts = [int(count) for count in processes.totals(counts)]
+        own = [len(rows) if rank == processes.rank else 0 for rank in range(processes.size)]
+        counts = [int(count) for count in processes.totals(own)]
         start = sum(counts[: processes.rank])
         table = torch.zeros(sum(counts), rows.shape[1], dtype=torch.float32)
         table[start : start + len(rows)] = rows
@@ -197,13 +196,12 @@ class InputBasis:
         for key in sorted(names):
             kind, _, name = key.partition(".")
             index, tensor = positions[name], read(key).to(self._engine.device)
-            shape = self._shapes[index]
             if kind == "tokens":
-                protected[index] = Protected(width=shape[1], tokens=tensor.bool())
+                protected[index] = Protected(width=self._shapes[index][1], tokens=tensor.bool())
             elif kind == "unreached":
                 protected[index] = Protected(unreached=True)
             else:
-                if len(shape) != 2 or tensor.shape[1] != self._width(index):
+                if len(self._shapes[index]) != 2 or tensor.shape[1] != self._width(index):
                     raise ValueError(f"has {tensor.shape[1]} inputs for {name}, this run another number")
                 protected[index] = Protected(tensor, index in self._transposed)
         return self._wrap(protected)
