@@ -294,6 +294,10 @@ def test_the_first_prompts_of_ifeval_are_taken_where_the_file_is_there(tmp_path)
         ifeval.read_prompts(entry | {"count": 3}, tmp_path)
     with pytest.raises(ValueError, match="needed are file and count"):
         ifeval.read_prompts({"file": "raw.jsonl"}, tmp_path)
+    for line in ('{"prompt": "Hi"}', "{", "[]"):
+        (tmp_path / "raw.jsonl").write_text(f"{json.dumps(PROMPTS[0])}\n{line}\n")
+        with pytest.raises(ValueError, match="line 2, is not a prompt"):
+            ifeval.read_prompts(entry, tmp_path)
 
 
 def test_what_ifeval_lacks_is_named(tmp_path, monkeypatch, capsys):

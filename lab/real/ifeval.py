@@ -33,18 +33,21 @@ def read_prompts(entry, folder):
         The lines as one text; None if the file is not there.
 
     Raises:
-        ValueError: The entry is wrong, or the file holds too few prompts.
+        ValueError: The entry is wrong, a line is not a prompt, or the file holds too few prompts.
     """
     if entry.keys() != {"file", "count"}:
         raise ValueError(f"ifeval has {sorted(entry)}; needed are file and count.")
     path = Path(folder) / entry["file"]
     if not path.is_file():
         return None
-    lines = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if NEED_PUNKT.isdisjoint(json.loads(line)["instruction_id_list"])
-    ]
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            instructions = json.loads(line)["instruction_id_list"]
+        except (ValueError, KeyError, TypeError) as err:
+            raise ValueError(f"{path}, line {number}, is not a prompt of IFEval: no instruction_id_list.") from err
+        if NEED_PUNKT.isdisjoint(instructions):
+            lines.append(line)
     if not 0 < entry["count"] <= len(lines):
         raise ValueError(f"ifeval asks for {entry['count']} prompts; {path} has {len(lines)} that need no download.")
     return "\n".join(lines[: entry["count"]]) + "\n"
