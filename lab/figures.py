@@ -15,16 +15,25 @@ from .launch import save_picture
 AXES = {"general": "general ability ↑", "refusal": "refuses harmful ↑", "over_refusal": "refuses benign ↓"}
 COLOURS = ["#4a5568", "#b7791f", "#6b46c1", "#2f855a", "#c53030", "#dd6b20", "#2b6cb0", "#0987a0"]
 MARKERS = "osP^DvXp"
+LINES = ("-", "--", ":", "-.")  # where colours repeat
 plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
 plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False})
 
 
 def styles(methods):
-    """Give every method its colour and marker, the same in all pictures."""
+    """Give every method its colour and marker, the same in all pictures; 64 methods have 64 pairs."""
+    count = len(COLOURS)
     return {
-        method: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        method: {"color": COLOURS[i % count], "marker": MARKERS[(i + i // count) % count]}
         for i, method in enumerate(methods)
     }
+
+
+def add_legend(figure, axes):
+    """Put the legend below the panels, in as many columns as the longest name leaves room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    width = 0.7 + 0.08 * max(map(len, labels))  # of a column, in inches
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, int(figure.get_figwidth() // width)))
 
 
 def draw_range(axes, table, x, y, style, label=None, **kwargs):
@@ -38,7 +47,8 @@ def draw_range(axes, table, x, y, style, label=None, **kwargs):
 def comparison(results, methods, path):
     """Draw safety over utility, one panel per pipeline: each point is a seed, each large one a mean."""
     pipelines = list(results.comparison.pipeline.unique())
-    figure, panels = plt.subplots(2, len(pipelines), figsize=(4.3 * len(pipelines), 7.6), sharex=True, sharey="row")
+    size = (4.3 * len(pipelines), 7.6)
+    figure, panels = plt.subplots(2, len(pipelines), figsize=size, sharex=True, sharey="row", layout="constrained")
     panels = np.reshape(panels, (2, len(pipelines)))
     for column, pipeline in zip(panels.T, pipelines, strict=True):
         for axes, y in zip(column, ("refusal", "over_refusal"), strict=True):
@@ -53,31 +63,30 @@ def comparison(results, methods, path):
         column[1].set_xlabel(AXES["general"])
     for axes, y in zip(panels[:, 0], ("refusal", "over_refusal"), strict=True):
         axes.set_ylabel(AXES[y])
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 0.0))
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    add_legend(figure, panels[0, 0])
     save_picture(figure, path, dpi=110)
 
 
 def curves(results, methods, path):
     """Draw the scores of the checkpoints during training; bands go from the least to the greatest seed."""
     pipelines = [name for name in results.comparison.pipeline.unique() if len(results.pipelines[name]) == 1]
-    figure, panels = plt.subplots(len(pipelines), 3, figsize=(13, 3.4 * len(pipelines)), squeeze=False)
+    size = (13, 3.4 * len(pipelines))
+    figure, panels = plt.subplots(len(pipelines), 3, figsize=size, squeeze=False, layout="constrained")
     for row, pipeline in zip(panels, pipelines, strict=True):
-        for method, style in styles(methods).items():
+        for index, (method, style) in enumerate(styles(methods).items()):
             points = results.comparison.query("pipeline == @pipeline and method == @method")
             read = [results.read(point.runs[-1])["curve"] for point in points.point]
             if not all(read):  # merged weights have no checkpoints
                 continue
+            line = LINES[index // len(COLOURS) % len(LINES)]
             steps = [0, *(entry["step"] for entry in read[0])]
             for axes, y in zip(row, AXES, strict=True):
                 start = results.bases.set_index("seed").loc[points.seed, y].to_numpy()[:, None]
                 values = np.hstack([start, [[entry[y] for entry in curve] for curve in read]])
-                axes.plot(steps, values.mean(0), color=style["color"], label=method)
+                axes.plot(steps, values.mean(0), line, color=style["color"], label=method)
                 axes.fill_between(steps, values.min(0), values.max(0), color=style["color"], alpha=0.12, linewidth=0)
                 axes.set(ylabel=AXES[y], xlabel="step", title=pipeline)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.14 if len(pipelines) == 1 else 0.09, 1, 1))
+    add_legend(figure, panels[0, 0])
     save_picture(figure, path, dpi=110)
 
 
@@ -91,7 +100,7 @@ def study(table, axis, methods, path, labels=None):
         path: The picture.
         labels: Names of the settings, if they are not numbers.
     """
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8))
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
     table = table.assign(**{axis: table[axis].map(labels)}) if labels else table
     for axes, y in zip(panels, AXES, strict=True):
         for method, style in styles(methods).items():
@@ -109,10 +118,8 @@ def study(table, axis, methods, path, labels=None):
             ticks = sorted(table[axis].unique())
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-    several = table.method.nunique() > 1
-    if several:
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.07 if several else 0, 1, 1))
+    if table.method.nunique() > 1:
+        add_legend(figure, panels[0])
     save_picture(figure, path, dpi=110)
 
 
@@ -124,7 +131,8 @@ def cosines(results, rows, path):
         rows: For each panel its title, its points, and whether the gradient was projected.
         path: The picture.
     """
-    figure, panels = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.8), sharey=True, squeeze=False)
+    size = (3.4 * len(rows), 3.8)
+    figure, panels = plt.subplots(1, len(rows), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axes, (title, points, projected) in zip(panels[0], rows, strict=True):
         logs = [results.log(point.runs[-1]) for point in points]
         steps = [row["step"] for row in logs[0]]
@@ -137,8 +145,7 @@ def cosines(results, rows, path):
         axes.set(title=title, xlabel="step", ylim=(-1.05, 1.05))
         axes.axhline(0, color="black", linewidth=0.6)
     panels[0, 0].set_ylabel("cosine with the reference gradient")
-    figure.legend(*panels[0, -1].get_legend_handles_labels(), loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    add_legend(figure, panels[0, -1])
     save_picture(figure, path, dpi=110)
 
 
@@ -151,7 +158,7 @@ def frontier(results, table, methods, path):
         methods: All methods, for their colours.
         path: The picture.
     """
-    figure, panels = plt.subplots(3, 2, figsize=(13, 11), sharey="row", sharex="col")
+    figure, panels = plt.subplots(3, 2, figsize=(13, 11), sharey="row", sharex="col", layout="constrained")
     lines = {"base model": results.bases, results.reference: results.naive(table.pipeline.iloc[0])}
     for column, (x, label) in zip(
         panels.T,
@@ -176,8 +183,7 @@ def frontier(results, table, methods, path):
         column[-1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         column[-1].xaxis.set_major_formatter("{x:g}")
         column[-1].xaxis.set_minor_formatter(NullFormatter())
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    add_legend(figure, panels[0, 0])
     save_picture(figure, path, dpi=110)
 
 
