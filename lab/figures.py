@@ -32,7 +32,7 @@ def styles(methods):
 def add_legend(figure, axes):
     """Put the legend below the panels, in as many columns as the longest name leaves room for."""
     handles, labels = axes.get_legend_handles_labels()
-    width = 0.7 + 0.08 * max(map(len, labels))  # of a column, in inches
+    width = 0.7 + 0.08 * max(map(len, labels), default=0)  # of a column, in inches
     figure.legend(handles, labels, loc="outside lower center", ncols=max(1, int(figure.get_figwidth() // width)))
 
 
