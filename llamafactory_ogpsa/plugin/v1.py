@@ -6,9 +6,9 @@ rest; where they still reach the parser, they are refused. Every refusal is a Va
 value and what is allowed.
 """
 
-import copy
 import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -40,15 +40,19 @@ def patch(module: ModuleType) -> None:
     module.get_args = refusing_get_args
 
 
-def take_settings(args: InputArgument, stage: str) -> tuple[Settings | None, InputArgument]:
-    """Take the OGPSA options out of the arguments of a stage, and check the run as far as they tell.
+def take_settings(
+    args: InputArgument, stage: str, get_args: Callable[[InputArgument], tuple]
+) -> tuple[Settings, tuple] | None:
+    """Take the OGPSA options out of the arguments of a stage, parse the rest, and check the run as far as they tell.
+
+    `get_args`: v1's function that parses arguments.
 
     Returns:
-        the settings, None if the run does not ask for OGPSA; and the arguments that are left for v1.
+        the settings and what `get_args` made of the rest; None if the run does not ask for OGPSA.
     """
     asking = ogpsa_options(read_all(args))
     if not asking:
-        return None, args
+        return None
 
     classic = [name for name in asking if ":" in name]
     if classic:
@@ -56,13 +60,11 @@ def take_settings(args: InputArgument, stage: str) -> tuple[Settings | None, Inp
             f"`{classic[0]}` is given, but LLaMA-Factory's v1 trainer takes the stage from its command; allowed: "
             f"`llamafactory-cli {stage}` with `ogpsa_dataset`, or `USE_V1` unset."
         )
-    from llamafactory.v1.config import get_args
-
     options, rest = split_options(sys.argv[1:] if args is None else args)
     settings = make_settings(options, stage)
-    model_args, _, training_args, *_ = get_args(copy.deepcopy(rest))
-    refuse_arguments(model_args, training_args)
-    return settings, rest
+    parsed = get_args(rest)
+    refuse_arguments(parsed[0], parsed[2])
+    return settings, parsed
 
 
 def is_file(words: dict[str, Any] | list[str]) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..engines import make_engine
 from ..options import Settings
 from ..run import Host, OgpsaRun
+from .replace import replaced
 from .v1 import take_settings
 from .v1_data import Records, make_reference_sets, read_sets
 
@@ -31,28 +32,27 @@ _TRAINER_PARAMETERS = ["self", "args", "model", "renderer", "train_dataset", "ca
 def patch(module: ModuleType) -> None:
     """Wrap the `run_*` of a `llamafactory.v1.trainers.<stage>_trainer` that has just been executed.
 
-    The trainer class is replaced only while `run_*` executes a run that asks for OGPSA.
+    The trainer class, and the function that parses the arguments, are replaced only while `run_*` executes a run that
+    asks for OGPSA.
 
     Raises:
-        AttributeError: the module has no `run_*`; it is left as it was.
+        AttributeError: the module has no `run_*` or no `get_args`; it is left as it was.
     """
     stage = module.__name__.rpartition(".")[2].removesuffix("_trainer")
-    run = getattr(module, f"run_{stage}")
-    name = TRAINERS[stage]
+    run, get_args, name = getattr(module, f"run_{stage}"), module.get_args, TRAINERS[stage]
 
     @functools.wraps(run)
     def run_stage(args=None):
-        settings, rest = take_settings(args, stage)
-        if settings is None:
+        asked = take_settings(args, stage, get_args)
+        if asked is None:
             return run(args)
 
+        settings, parsed = asked
         stock = getattr(module, name)
         check_seam(stage, stock)
-        setattr(module, name, with_ogpsa(stock, settings, read_sets(settings)))
-        try:
-            return run(rest)
-        finally:
-            setattr(module, name, stock)
+        names = {name: with_ogpsa(stock, settings, read_sets(settings)), "get_args": lambda args: parsed}
+        with replaced([module], names):
+            return run(args)
 
     setattr(module, f"run_{stage}", run_stage)
 

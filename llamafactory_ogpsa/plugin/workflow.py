@@ -7,14 +7,14 @@ also reads the reference sets (it is called before the model is loaded), and the
 import functools
 import importlib
 import inspect
-import itertools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
 from .. import TESTED_WITH
 from .datasets import load_reference_sets
+from .replace import replaced
 from .trainer import with_ogpsa
 
 
@@ -110,9 +110,5 @@ def ogpsa_names(stage: str, finetuning_args: Any) -> Iterator[None]:
 
     names = {"get_dataset": get_dataset}
     names[TRAINERS[stage]] = with_ogpsa(getattr(modules[1], TRAINERS[stage]), stage, finetuning_args, loaded)
-    with ExitStack() as stack:
-        for module, name in itertools.product(modules, names):
-            if hasattr(module, name):
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, names[name])
+    with replaced(modules, names):
         yield
