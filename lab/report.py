@@ -4,7 +4,7 @@ import re
 
 import pandas as pd
 
-from . import figures
+from . import ROOT, figures
 from .launch import write_whole
 from .results import FIGURES, Results
 
@@ -32,6 +32,12 @@ def markdown(header, rows):
     """Lay out a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def shown(path):
+    """Write a path as seen from the repository; only the name of a path outside."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
 
 
 def costs(rows):
@@ -261,7 +267,7 @@ def introduction(plan, results):
     """Say what was run, and by which versions."""
     seeds = ", ".join(map(str, plan.spec["seeds"]))
     text = (
-        "Written by `make lab`; what is run stands in `lab/tiny/lab.yaml`. A model of 0.7M parameters and "
+        f"Written by `python -m lab --plan {shown(plan.path)}`. A model of 0.7M parameters and "
         "a language of four hundred words: what holds here is a hint for large models, not a proof. Figures are means "
         f"over seeds ({seeds} where nothing else is said; of the base model and of the order of the data), those of the "
         "scores with the least and the greatest in brackets. All prompts are held out and answered greedily; safety training has never seen "

@@ -109,5 +109,6 @@ def _sum(value: object) -> float:
     """Return a number that differs if any floating tensor in a nested value differs."""
     if isinstance(value, torch.Tensor):
         return value.double().sum().item() if value.is_floating_point() else 0.0
-    parts = value.values() if isinstance(value, dict) else value
-    return sum(map(_sum, parts)) if isinstance(value, (dict, list, tuple)) else 0.0
+    if isinstance(value, dict):
+        return sum(map(_sum, value.values()))
+    return sum(map(_sum, value)) if isinstance(value, (list, tuple)) else 0.0

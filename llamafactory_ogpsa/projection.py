@@ -167,7 +167,7 @@ def make_projection(plan: Plan, geometry: Geometry, method: str, processes: Proc
         if measure:
             left_products, left = _coefficients(plan, gradients, processes)
             scale = None if method == "monitor" else clipping_factor(norm, max_norm)
-            floor = RESIDUAL_FLOOR * (squared_norms.sqrt() if scale is None else scale * squared_norms.sqrt())
+            floor = RESIDUAL_FLOOR * (squared_norms.sqrt() * (1 if scale is None else scale))
             largest = geometry.coefficients(left_products).abs().amax(1)
             residual = ratio(largest, torch.maximum(left.sqrt(), floor)).max()
             if max_norm is None and any(gradient is None for gradient in gradients):

@@ -1,6 +1,6 @@
 """Write the tables of docs/options.md, which come from the declaration of the options.
 
-python scripts/options_table.py
+Run `python scripts/options_table.py` after a change of the declaration.
 """
 
 from pathlib import Path

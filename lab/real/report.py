@@ -2,9 +2,9 @@
 
 import pandas as pd
 
-from .. import ROOT, figures
+from .. import figures
 from ..launch import write_whole
-from ..report import markdown, mean_range
+from ..report import markdown, mean_range, shown
 from ..results import costs_of, list_versions, read_result
 from .ifeval import MAX_NEW_TOKENS
 
@@ -88,22 +88,16 @@ def appendix(answers):
     """Write what every method answers to the same prompts; harmful ones are not quoted."""
     first = next(iter(answers.values()))
     parts = []
-    for name, shown in first.items():
+    for name, examples in first.items():
         if name.startswith("harmful"):
             continue
-        for index, (prompt, _) in enumerate(shown):
+        for index, (prompt, _) in enumerate(examples):
             rows = [
                 [f"{pipeline} {method}".strip(), cell(texts[name][index][1])]
                 for (pipeline, method), texts in answers.items()
             ]
             parts += [f"**{name}**: {cell(prompt)}\n", markdown(["", "answer"], rows)]
     return parts
-
-
-def shown(path):
-    """Write a path as seen from the repository; only the name of a path outside."""
-    path = path.resolve()
-    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
 
 
 def cell(text):
